@@ -1,0 +1,108 @@
+"""The wiring diagram: how a config becomes a Distiller."""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from torch import nn
+
+from kd_det.config import NAME, check_enabled, student_config
+from kd_det.distiller import Distiller
+from kd_det.fields import fields_of
+from kd_det.inherit import Inherit
+from kd_det.registry import SOURCES, TERMS, PartRegistry
+from kd_det.rng import preserved_rng
+
+
+def build_distiller(cfg: CfgNode) -> nn.Module:
+    """
+    What Detectron2's `build_model` calls for ``MODEL.META_ARCHITECTURE: "Distiller"``.
+
+    Returns:
+        The plain student when ``KD.ENABLED`` is False, else a `Distiller` around it. Either way the
+        student is built first, from the random state that it would meet without distillation.
+
+    Raises:
+        ValueError: if the config cannot work; the message names the key.
+    """
+    plain = student_config(cfg)
+    student = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain)
+    if not cfg.KD.ENABLED:
+        return student
+    check_enabled(cfg)
+    kd = cfg.KD
+    init_from = kd.STUDENT.INIT_FROM.lower()
+    if not kd.TERMS and not init_from:
+        raise ValueError(
+            "KD.ENABLED is True, but KD.TERMS is empty: there is nothing to distil. Add a term, "
+            "FPN: {TYPE: CWD, TAP: features, WEIGHT: 5.0} say, or set KD.ENABLED to False."
+        )
+    with preserved_rng():
+        return Distiller(
+            student=student,
+            sources=build_items(kd.SOURCES, SOURCES, "KD.SOURCES"),
+            terms=build_items(kd.TERMS, TERMS, "KD.TERMS"),
+            max_iter=cfg.SOLVER.MAX_ITER,
+            input_format=cfg.INPUT.FORMAT,
+            inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
+            log_period=kd.LOG_PERIOD,
+            on_start=partial(write_student_config, cfg),
+        )
+
+
+# A function under the name of the class: with KD.ENABLED False there is nothing to wrap.
+META_ARCH_REGISTRY._do_register(NAME, build_distiller)
+
+
+def build_items(nodes: CfgNode, registry: PartRegistry, where: str) -> dict[str, Any]:
+    """
+    The named items of a node, each built by the class of its TYPE; names in lower case.
+
+    Raises:
+        ValueError: if a value does not fit, or two names differ only in case.
+    """
+    items: dict[str, Any] = {}
+    for name, node in nodes.items():
+        if not node.ENABLED:
+            continue
+        if name.lower() in items:
+            raise ValueError(f"{where} has two items called '{name.lower()}' in lower case.")
+        try:
+            items[name.lower()] = build_part(node, registry)
+        except ValueError as e:
+            raise ValueError(f"{where}.{name}: {e}") from None
+    return items
+
+
+def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
+    """Call the constructor that a node's TYPE names with the node's fields."""
+    cls = registry.get(node["TYPE"])
+    arguments = {}
+    for key, field in fields_of(cls).items():
+        value = node[key]
+        if field.nested is not None:
+            value = build_part(value, field.nested)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif key == "SOURCE":
+            value = value.lower()
+        arguments[key.lower()] = value
+    return cls(**arguments)
+
+
+def write_student_config(cfg: CfgNode) -> None:
+    """
+    Write ``student.yaml`` into ``OUTPUT_DIR``: the student's config without ``KD``, with which
+    stock Detectron2 evaluates ``model_final.pth`` where kd_det is not installed.
+    """
+    if not cfg.OUTPUT_DIR or not comm.is_main_process():
+        return
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    path = os.path.join(cfg.OUTPUT_DIR, "student.yaml")
+    with open(path + ".tmp", "w") as f:
+        f.write(student_config(cfg).dump())
+    os.replace(path + ".tmp", path)

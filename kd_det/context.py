@@ -1,0 +1,56 @@
+"""What a term, a region or a source may see of a training step besides the maps."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from kd_det.detectors import Detector, describe
+from kd_det.taps import Maps
+
+
+@dataclass
+class Context:
+    """
+    One training step, as the parts see it.
+
+    Attributes:
+        inputs: Detectron2's batched inputs; images are in the student's channel order.
+        input_format: that order, ``"BGR"`` or ``"RGB"``.
+        student: the student detector.
+        student_maps: for every recorded tap of the student its maps, with gradients.
+        progress: share of the run that is done, in [0, 1].
+    """
+
+    inputs: list[dict[str, Any]]
+    input_format: str
+    student: nn.Module
+    student_maps: dict[str, Maps] = field(default_factory=dict)
+    progress: float = 0.0
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of every image before padding, host integers."""
+        return [(int(x["image"].shape[-2]), int(x["image"].shape[-1])) for x in self.inputs]
+
+    @property
+    def instances(self) -> list[Instances]:
+        """
+        Ground truth of every image (boxes in pixels of the padded canvas, whose origin is the
+        image's), on the device of the data loader.
+
+        Raises:
+            ValueError: if the batch carries none.
+        """
+        if any("instances" not in x for x in self.inputs):
+            raise ValueError("A term asked for ground truth, but the batch has no 'instances'.")
+        return [x["instances"] for x in self.inputs]
+
+    def detector(self) -> Detector:
+        """kd_det's description of the student's meta-architecture."""
+        return describe(self.student)
+
+    def anchors(self, maps: list[Tensor]) -> list[Boxes]:
+        """The student's anchors on these grids, one `Boxes` per level, in pixels."""
+        return self.detector().anchors(maps)

@@ -1,0 +1,15 @@
+"""What must be known of a meta-architecture: tap presets, how to run it to its head, anchors."""
+
+from kd_det.detectors.dense import DenseDetector
+from kd_det.detectors.detector import Detector, TapShape, describe, meta_copy, probe
+from kd_det.detectors.rcnn import GeneralizedRCNN
+
+__all__ = [
+    "DenseDetector",
+    "Detector",
+    "GeneralizedRCNN",
+    "TapShape",
+    "describe",
+    "meta_copy",
+    "probe",
+]

@@ -1,0 +1,56 @@
+"""Dense detectors of Detectron2: RetinaNet, and any other `DenseDetector`."""
+
+from collections.abc import Sequence
+
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from kd_det.detectors.detector import Detector, Stage
+from kd_det.registry import DETECTORS
+from kd_det.taps import Tap
+
+
+def backbone_presets(backbone: nn.Module, levels: Sequence[str]) -> dict[str, Tap]:
+    """
+    ``features``: the pyramid levels that the head reads; ``res2``...: the bottom-up stages.
+
+    Args:
+        backbone: a Detectron2 backbone; an FPN's bottom-up network is found by its attribute.
+        levels: names of the pyramid levels, fine to coarse.
+    """
+    top_block = getattr(backbone, "top_block", None)
+    extra = getattr(top_block, "num_levels", 0)
+    names = list(backbone.output_shape())  # type: ignore[operator]  # Backbone.output_shape
+    # An FPN lists its extra levels last; what they are made of decides if two of them compare.
+    top = set(names[len(names) - extra :] if extra else [])
+    made_by = f"{type(top_block).__name__}({getattr(top_block, 'in_feature', '')})"
+    origins = tuple(made_by if level in top else "" for level in levels)
+    presets = {"features": Tap("features", "backbone", levels=tuple(levels), origins=origins)}
+    bottom_up = getattr(backbone, "bottom_up", None)
+    for stage in bottom_up.output_shape() if bottom_up is not None else ():
+        presets[stage] = Tap(stage, "backbone.bottom_up", key=stage, levels=(stage,))
+    return presets
+
+
+@DETECTORS.register()
+class DenseDetector(Detector):
+    """`features`, bottom-up stages, and the head's first two outputs (FCOS too)."""
+
+    def presets(self) -> dict[str, Tap]:  # noqa: D102
+        levels = tuple(self.model.head_in_features)
+        presets = backbone_presets(self.model.backbone, levels)
+        origins = presets["features"].origins
+        for key, (name, kind) in enumerate([("cls_logits", "logits"), ("box_deltas", "deltas")]):
+            # The head, not its last convolution: that one is called once per level.
+            presets[name] = Tap(name, "head", key, levels, kind, origins)
+        return presets
+
+    def stages(self) -> list[Stage]:  # noqa: D102
+        model = self.model
+        return [
+            ("backbone", model.backbone),
+            ("head", lambda maps: model.head([maps[f] for f in model.head_in_features])),
+        ]
+
+    def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102
+        return self.model.anchor_generator(features)

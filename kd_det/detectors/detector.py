@@ -1,0 +1,181 @@
+"""The base of detector descriptions, and the measuring of a detector's taps without running it."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from kd_det.registry import DETECTORS
+from kd_det.taps import Recorder, Tap, find_module
+
+Stage = tuple[str, Callable[[Any], Any]]
+"""A top-level part of a detector: the module paths under it, and what runs it on the last result."""
+
+
+@dataclass(frozen=True)
+class TapShape:
+    """
+    What a tap's level looks like, measured on the architecture.
+
+    Attributes:
+        level: its name, ``p3`` for instance.
+        channels: C.
+        stride: pixels of the padded input per cell.
+        origin: see `Tap.origins`.
+        kind: see `Tap.kind`.
+        calls: how often the tapped module fires in one forward.
+    """
+
+    level: str
+    channels: int
+    stride: int
+    origin: str = ""
+    kind: str = "feature"
+    calls: int = 1
+
+
+class Detector:
+    """
+    What kd_det knows of one meta-architecture. Subclasses are small and hold no state: they read
+    the model that they are given.
+
+    Args:
+        model: the detector; may live on the meta device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def presets(self) -> dict[str, Tap]:
+        """The named taps, ``features`` first."""
+        raise NotImplementedError
+
+    def stages(self) -> list[Stage]:
+        """
+        The parts of a forward from the image tensor to the raw outputs, in order. Never target
+        assignment, losses, decoding or NMS.
+        """
+        raise NotImplementedError
+
+    def anchors(self, features: list[Tensor]) -> list[Boxes]:
+        """
+        One `Boxes` of ``(H * W * A, 4)`` per level, XYXY in pixels of the padded input.
+
+        Raises:
+            ValueError: if the architecture has no anchors.
+        """
+        raise ValueError(f"{type(self.model).__name__} has no anchors that kd_det knows of.")
+
+    def tap(self, name: str) -> Tap:
+        """
+        The preset of that name, or the module at that path.
+
+        Raises:
+            KeyError: if it is neither, with the nearest names.
+        """
+        presets = self.presets()
+        if name in presets:
+            return presets[name]
+        try:
+            find_module(self.model, name)
+        except KeyError as e:
+            raise KeyError(f"{e.args[0]} Presets: {', '.join(presets)}.") from None
+        return Tap(name=name, path=name)
+
+    def run(self, image_tensor: Tensor, taps: Iterable[Tap]) -> None:
+        """
+        Run the stages up to the last one that holds a tapped module, and no further.
+
+        Args:
+            image_tensor: ``(N, 3, H, W)``, normalised and padded by the model itself.
+            taps: what a surrounding Recorder wants to see.
+
+        Raises:
+            ValueError: if a tap lies in no stage (in a ROI head, say).
+        """
+        stages = self.stages()
+        last = -1
+        for tap in taps:
+            inside = [i for i, (prefix, _) in enumerate(stages) if _is_under(tap.path, prefix)]
+            if not inside:
+                raise ValueError(
+                    f"Tap '{tap.name}' (module '{tap.path}') of {type(self.model).__name__} lies "
+                    f"outside of {', '.join(prefix for prefix, _ in stages)}, the parts that a "
+                    "source runs."
+                )
+            last = max(last, inside[0])
+        x: Any = image_tensor
+        for _, stage in stages[: last + 1]:
+            x = stage(x)
+
+
+def _is_under(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + ".")
+
+
+def describe(model: nn.Module) -> Detector:
+    """
+    The description of a model, by the name of its class or of the nearest base class.
+
+    Raises:
+        ValueError: if no class of its MRO has one.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in DETECTORS:
+            return DETECTORS.get(cls.__name__)(model)
+    known = ", ".join(sorted(name for name, _ in DETECTORS))
+    raise ValueError(
+        f"kd_det has no description of the meta-architecture {type(model).__name__} (known: "
+        f"{known}). Register a kd_det.detectors.Detector under its name in "
+        "kd_det.registry.DETECTORS: it names the taps and the stages of a forward."
+    )
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the architecture without storage: parameters and buffers on the meta device."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
+    """
+    Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic.
+
+    Args:
+        model: the detector; it is not run and not changed.
+        taps: what to measure.
+
+    Returns:
+        For each tap's name its levels in order.
+    """
+    taps = list(taps)
+    architecture = meta_copy(model).eval()
+    backbone = getattr(architecture, "backbone", None)
+    # A square canvas that every stride up to 128 and the backbone's own constraint divide.
+    side = int(getattr(backbone, "padding_constraints", {}).get("square_size", 0)) or math.lcm(
+        512, int(getattr(backbone, "size_divisibility", 0)) or 1
+    )
+    first = next(chain(architecture.parameters(), architecture.buffers()))
+    canvas = torch.empty(1, 3, side, side, device="meta", dtype=first.dtype)
+    with torch.no_grad(), Recorder(architecture, taps) as recorder:
+        describe(architecture).run(canvas, taps)
+    shapes = {}
+    for tap in taps:
+        maps = recorder.maps(tap)
+        calls = len(recorder.calls[tap.path])
+        origins = tap.origins or ("",) * len(maps)
+        shapes[tap.name] = [
+            TapShape(level, x.shape[1], max(round(side / x.shape[3]), 1), origin, tap.kind, calls)
+            for (level, x), origin in zip(maps.items(), origins, strict=True)
+        ]
+    return shapes

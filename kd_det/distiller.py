@@ -1,0 +1,204 @@
+"""The Distiller: a student detector, who it imitates, and the terms that say how."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, nn
+
+from kd_det._compat import get_event_storage_or_none
+from kd_det.context import Context
+from kd_det.inherit import Inherit
+from kd_det.kd_state import KDStateMixin
+from kd_det.sources import Source
+from kd_det.taps import Recorder
+from kd_det.terms import Term
+from kd_det.wiring import Wiring, wire
+
+
+class Distiller(KDStateMixin, nn.Module):
+    """
+    A Detectron2 meta-architecture that adds distillation terms to a student's losses. In eval mode
+    it *is* the student; its checkpoint is the student's.
+
+        student losses + sum over terms: weight * schedule(progress) * sum_l value_l
+
+    Args:
+        student: the detector that learns; it is not changed.
+        sources: who is imitated, by name.
+        terms: what is imitated and how, by name; the loss of term ``x`` is ``loss_kd_x``. A term of
+            weight 0 is left out with its taps and, if nothing else needs it, its source.
+        max_iter: length of the run, for schedules. The clock is the iteration of Detectron2's
+            EventStorage, or `set_progress` in a loop without one.
+        input_format: channel order of the images that the student is fed; ``None`` takes the
+            student's ``input_format`` attribute, else BGR.
+        inherit: what the student copies from a source before the first step of a new run.
+        log_period: every so many iterations the value of each level goes to the EventStorage as
+            ``kd/<term>/<level>``, unweighted, and ``.../weighted``. That copies one small tensor
+            from the device.
+        on_start: called once before the first training step.
+
+    Raises:
+        ValueError: if names, taps or shapes do not fit together; the message names the term.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        sources: Mapping[str, Source],
+        terms: Mapping[str, Term],
+        max_iter: int | None = None,
+        input_format: str | None = None,
+        inherit: Inherit | None = None,
+        log_period: int = 20,
+        on_start: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.max_iter = max_iter
+        self.input_format = input_format or getattr(student, "input_format", "BGR")
+        self.inherit = inherit
+        self.log_period = log_period
+        self.on_start = on_start
+        self.wiring: Wiring = wire(student, sources, terms, inherit)
+        self.sources = nn.ModuleDict(self.wiring.sources)
+        self.terms = nn.ModuleDict(self.wiring.terms)
+        self._progress: float | None = None
+        self._started = False
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """
+        In eval mode the student's predictions; in training mode its losses and ``loss_kd_<term>``.
+
+        Args:
+            batched_inputs: Detectron2's batch format, images in ``input_format``.
+
+        Raises:
+            RuntimeError: if a tap did not fire, or the run cannot be resumed.
+            SourceUnavailable: if a file of a source is missing.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        storage = get_event_storage_or_none()
+        iteration = None if storage is None else int(storage.iter)
+        # Detectron2's losses write to a storage; a loop without one gets a throw-away.
+        with EventStorage(0) if storage is None else contextlib.nullcontext():
+            self._start(iteration)
+            progress = self._progress_at(iteration)
+            losses, values, weights = self._step(batched_inputs, progress)
+            if iteration is not None and (iteration + 1) % self.log_period == 0:
+                self._log(values, weights)
+        self._release_finished(progress)
+        return losses
+
+    def _step(
+        self, inputs: list[dict[str, Any]], progress: float
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, float]]:
+        """Loss dict of one batch, and for the active terms the values of their levels."""
+        weights = {
+            name: term.weight * term.schedule(progress, self.max_iter)
+            for name, term in self.terms.items()
+        }
+        active = [name for name, weight in weights.items() if weight > 0]
+        taps = self.wiring.student_taps(active)
+        with Recorder(self.student, taps.values(), self.wiring.expected_calls) as recorder:
+            losses = self.student(inputs)
+        maps = {name: recorder.maps(tap) for name, tap in taps.items()}
+        context = Context(inputs, self.input_format, self.student, maps, progress)
+
+        targets = {}
+        for name, asked in self.wiring.source_taps(active).items():
+            self._ready(name)
+            targets[name] = self.sources[name](context, asked)
+            losses.update(targets[name].losses)
+
+        values = {}
+        for name, term in self.terms.items():
+            if name in active:
+                source = self.wiring.source_of[name]
+                values[name] = term(maps, targets[source].maps, context, self.sources[source])
+            losses[f"loss_kd_{name}"] = self._total(term, weights[name], values.get(name))
+        return losses, values, weights
+
+    def _total(self, term: Term, weight: float, values: dict[str, Tensor] | None) -> Tensor:
+        """weight * sum_l value_l; an idle term still touches its parameters, or DDP would stall."""
+        if values is not None:
+            return weight * torch.stack(
+                [term.level_weight(level) * value for level, value in values.items()]
+            ).sum()
+        device = next(self.student.parameters()).device
+        zero = torch.zeros((), device=device)
+        return zero + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
+
+    def prepare(self) -> None:
+        """
+        Read and check the weights of every source now, instead of when a term first needs them.
+
+        Raises:
+            SourceUnavailable: if a file of a source is missing.
+            ValueError: if a file is not what it should be.
+        """
+        if self.wiring.unavailable is not None:
+            raise self.wiring.unavailable
+        for name in self.sources:
+            self._ready(name)
+
+    def _ready(self, name: str) -> None:
+        source = self.sources[name]
+        source.prepare(self.wiring.all_source_taps[name])
+        self.check_fingerprint(name, source)
+
+    def _start(self, iteration: int | None) -> None:
+        """Once, before the first training step: check a resumed run, or let a new one inherit."""
+        if self._started:
+            return
+        if self.wiring.unavailable is not None:
+            raise self.wiring.unavailable
+        resuming = self.check_resume(iteration)
+        if self.inherit is not None and not resuming:
+            self.inherit(self.student, self.sources[self.inherit.source])
+        if self.on_start is not None:
+            self.on_start()
+        self._started = True
+
+    def _progress_at(self, iteration: int | None) -> float:
+        if self._progress is not None:
+            return self._progress
+        if iteration is not None and self.max_iter:
+            return min(iteration / self.max_iter, 1.0)
+        if any(term.schedule.needs_clock for term in self.terms.values()):
+            raise ValueError(
+                "A term has a schedule, but the Distiller has no clock: give it max_iter=... under "
+                "Detectron2's EventStorage, or call distiller.set_progress(x) with x in [0, 1] "
+                "before every step."
+            )
+        return 0.0
+
+    def set_progress(self, progress: float) -> None:
+        """Tell how much of the run is done, in [0, 1], in a loop without an EventStorage."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"Progress is in [0, 1], but got {progress}.")
+        self._progress = float(progress)
+
+    def _log(self, values: dict[str, dict[str, Tensor]], weights: dict[str, float]) -> None:
+        if not values:
+            return
+        storage = get_event_storage()
+        flat = torch.stack([v.detach() for levels in values.values() for v in levels.values()])
+        numbers = iter(flat.tolist())
+        for name, levels in values.items():
+            for level in levels:
+                value = next(numbers)
+                weight = weights[name] * self.terms[name].level_weight(level)
+                storage.put_scalar(f"kd/{name}/{level}", value)
+                storage.put_scalar(f"kd/{name}/{level}/weighted", weight * value)
+
+    def _release_finished(self, progress: float) -> None:
+        """Free the sources that no term needs until the end of the run."""
+        for name, source in self.sources.items():
+            users = [t for n, t in self.terms.items() if self.wiring.source_of[n] == name]
+            if all(t.schedule.finished(progress, self.max_iter) for t in users):
+                source.release()

@@ -1,0 +1,87 @@
+"""The base of target sources."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from kd_det.context import Context
+from kd_det.detectors import TapShape
+from kd_det.taps import Maps
+
+
+class SourceUnavailable(FileNotFoundError):
+    """A file that a source needs is not there: training cannot start, evaluation can."""
+
+
+@dataclass
+class Targets:
+    """
+    What a source gives to one step.
+
+    Attributes:
+        maps: for every asked tap its maps, detached unless the source says otherwise.
+        losses: losses of the source's own networks (a self-teacher's task loss), which are added
+            to the step's loss dict under their names.
+    """
+
+    maps: Mapping[str, Maps]
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Source(nn.Module):
+    """
+    Who is imitated. A source that trains owns its networks as submodules: their parameters are
+    optimised with the student's, live in the kd state, and never enter the student's checkpoint.
+    A frozen network is held by `Hidden`.
+    """
+
+    def student_taps(self) -> tuple[str, ...]:
+        """Taps of the student that this source reads from ``context.student_maps``."""
+        return ()
+
+    def wire(self, student: Mapping[str, list[TapShape]]) -> None:
+        """Build what depends on the student's shapes (by tap name); called once, before `shapes`."""
+
+    def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:
+        """
+        What its taps look like, without reading weights.
+
+        Args:
+            taps: names of taps of the source.
+
+        Raises:
+            SourceUnavailable: if a file that says so is missing.
+            KeyError: if a tap does not exist.
+        """
+        raise NotImplementedError
+
+    def prepare(self, taps: tuple[str, ...]) -> None:
+        """
+        Get ready to run these taps: read and check weights. Called before the first training step
+        that needs the source; a second call does nothing.
+
+        Raises:
+            SourceUnavailable: if a file is missing.
+            ValueError: if a file is not what it should be.
+        """
+
+    def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
+        """The targets of one batch: maps of the asked taps."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Free what is held; called when no term needs the source until the end of the run."""
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """
+        Trained weights that a student may inherit, by the names of its detector's state_dict.
+
+        Raises:
+            ValueError: if the source has none.
+        """
+        raise ValueError(f"A {type(self).__name__} has no trained weights to inherit from.")
+
+    def fingerprint(self) -> str:
+        """Identity of what is imitated, checked on resume; empty when there is nothing to check."""
+        return ""

@@ -1,0 +1,207 @@
+"""A frozen, trained detector beside the student."""
+
+import copy
+import hashlib
+import logging
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.context import Context
+from kd_det.detectors import TapShape, describe, probe
+from kd_det.registry import SOURCES
+from kd_det.rng import preserved_rng
+from kd_det.sources.fold import fold_batch_norm
+from kd_det.sources.hidden import Hidden
+from kd_det.sources.model_config import ModelConfig
+from kd_det.sources.source import Source, Targets
+from kd_det.sources.strict import load_strictly
+from kd_det.taps import Recorder
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@SOURCES.register()
+class Teacher(Source):
+    """
+    A frozen detector, run in eval mode and without gradients only as deep as its taps need: never
+    target assignment, decoding or NMS. It normalises and pads the images itself, in its own channel
+    order. It is a lazy handle: its architecture is measured on the meta device, its weights are
+    read, checked and folded before the first training step, and evaluation touches neither.
+
+    It is in no ``parameters()``, ``state_dict()``, DDP or optimizer, stays in eval mode whatever
+    its owner does, and follows ``.to()``.
+
+    Args:
+        config_file: YAML or LazyConfig ``.py`` of the teacher.
+        weights: its checkpoint, loaded strictly; empty takes what the config file names.
+        input_format: channel order of its images, ``"BGR"`` or ``"RGB"``; empty takes what the
+            config file (or the model's attribute) says.
+        precision: in which its weights are held and its maps come, ``"float32"``, ``"float16"`` or
+            ``"bfloat16"``. It is run outside of autocast, which would cast frozen weights anew at
+            every call.
+        fold_batch_norm: fold BatchNorm into the convolutions (same maps up to rounding).
+        model: an already loaded detector, instead of ``config_file`` and ``weights``.
+
+    Raises:
+        ValueError: if both or neither of ``model`` and ``config_file`` are given, or a value is
+            unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        config_file: Annotated[str, "path"] = "",
+        weights: Annotated[str, "path"] = "",
+        input_format: str = "",
+        precision: str = "float32",
+        fold_batch_norm: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (not config_file):
+            raise ValueError(
+                "A Teacher needs CONFIG_FILE (and WEIGHTS), or in Python a loaded model=..., and "
+                f"not both; got config_file '{config_file}' and "
+                f"model {None if model is None else type(model).__name__}."
+            )
+        if precision not in _PRECISIONS:
+            raise ValueError(
+                f"A Teacher's precision is one of {', '.join(_PRECISIONS)}, but got '{precision}'."
+            )
+        if input_format not in ("", "BGR", "RGB"):
+            raise ValueError(f"A Teacher's input_format is BGR or RGB, but got '{input_format}'.")
+        self.config_file = config_file
+        self.weights = weights
+        self.precision = precision
+        self.fold_batch_norm = fold_batch_norm
+        self.hidden = Hidden()
+        self._given = None
+        self._input_format = input_format
+        self._fingerprint = ""
+        self._expected_calls: dict[str, int] = {}
+        if model is not None:
+            # Kept out of the module tree, and shared by deepcopies, as everything of a teacher is.
+            self._given = Hidden()
+            self._given.hold(model)
+
+    @property
+    def input_format(self) -> str:
+        """Channel order that the teacher wants."""
+        if self._input_format:
+            return self._input_format
+        if self._given is not None:
+            return str(getattr(self._given.held, "input_format", "BGR"))
+        return self._config().input_format
+
+    def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102
+        if not taps:
+            return {}
+        given = None if self._given is None else self._given.held
+        architecture = given or self._config().build("meta")
+        detector = describe(architecture)
+        resolved = [detector.tap(name) for name in taps]
+        shapes = probe(architecture, resolved)
+        for tap in resolved:
+            self._expected_calls[tap.path] = shapes[tap.name][0].calls
+        return shapes
+
+    def prepare(self, taps: tuple[str, ...]) -> None:  # noqa: D102
+        if self.hidden.held is not None:
+            return
+        with preserved_rng():
+            model, self._fingerprint = self._load()
+        model.eval().requires_grad_(False)
+        if self.fold_batch_norm:
+            tapped = [describe(model).tap(name).path for name in taps]
+            folded, left = fold_batch_norm(model, keep=tapped)
+            logger.info("Teacher: %d BatchNorm layers folded.", len(folded))
+            if left:
+                logger.info("Teacher: not owned by one convolution, left alone: %s", ", ".join(left))
+        _cast(model, _PRECISIONS[self.precision])
+        self.hidden.hold(model)
+
+    def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
+        """
+        Maps of the taps for the batch, in the teacher's precision, detached.
+
+        Args:
+            context: the step; its images are in ``context.input_format``.
+            taps: names of taps.
+        """
+        model = self.hidden.held
+        assert model is not None, "prepare() comes before forward()"
+        detector = describe(model)
+        resolved = {name: detector.tap(name) for name in taps}
+        inputs = context.inputs
+        if context.input_format != self.input_format:
+            # Swapped before the teacher normalises: its mean and std belong to its own order.
+            inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
+        with (
+            torch.no_grad(),
+            torch.autocast(self.hidden._place.device.type, enabled=False),
+            Recorder(model, resolved.values(), self._expected_calls) as recorder,
+        ):
+            images = model.preprocess_image(inputs)  # type: ignore[operator]
+            detector.run(images.tensor.to(_PRECISIONS[self.precision]), resolved.values())
+        return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
+
+    def release(self) -> None:  # noqa: D102
+        if self.hidden.held is not None:
+            logger.info("The teacher is no longer needed and is freed.")
+        self.hidden.hold(None)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights as the file has them, before folding and casting, on the CPU."""
+        with preserved_rng():
+            model, _ = self._load()
+        return {k: v.cpu() for k, v in model.state_dict().items()}
+
+    def fingerprint(self) -> str:  # noqa: D102
+        return self._fingerprint
+
+    def _load(self) -> tuple[nn.Module, str]:
+        if self._given is not None:
+            model = self._given.held
+            assert model is not None
+            return copy.deepcopy(model), _tensor_fingerprint(model)
+        config = self._config()
+        weights = self.weights or config.weights
+        what = f"The teacher of {config.path}"
+        if not weights:
+            raise ValueError(f"{what} has no weights: set WEIGHTS. A random teacher only harms.")
+        model = config.build("cpu")
+        return model, load_strictly(model, weights, what=what)
+
+    def _config(self) -> ModelConfig:
+        if "_model_config" not in self.__dict__:
+            self._model_config = ModelConfig(self.config_file, what="The teacher")
+        return self._model_config
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights in ``dtype``, but the pixel statistics in float32: images are 0 to 255."""
+    kept: dict[str, Any] = {
+        name: buffer.float()
+        for name, buffer in model.named_buffers()
+        if name.split(".")[-1] in ("pixel_mean", "pixel_std")
+    }
+    model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+
+
+def _tensor_fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

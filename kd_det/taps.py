@@ -1,0 +1,168 @@
+"""
+Taps: which tensors inside a detector a term reads, and the Recorder that reads them.
+
+A tap is a module path plus a rule that turns what the module returned, over all its calls in one
+forward, into *maps*: an ordered ``{level name: (N, C, H, W) tensor}``. References are kept, never
+clones: a tensor that its owner later changes in place must be tapped before that (RetinaNet and
+FCOS change their logits during inference, which is why sources stop at the head).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kd_det.registry import did_you_mean
+
+Maps = dict[str, Tensor]
+"""Level name to ``(N, C, H, W)`` tensor, in the order of the detector's levels."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """
+    Where a term looks.
+
+    Attributes:
+        name: what the user calls it: a preset of the detector, or the module path itself.
+        path: dotted path of a module inside the detector; ``""`` is the detector.
+        key: picks one element of what the module returns (position or name); ``None`` takes all.
+        levels: names of the levels, in order; empty: dict keys, else positions ``"0"``, ``"1"``...
+        kind: ``"feature"`` maps may be bridged by a connector; ``"logits"`` (and ``"deltas"``)
+            have channels with a meaning, which no connector can invent.
+        origins: for each level, what made it (a pyramid's extra levels name their top block):
+            levels of one stride but different origin are not paired by default.
+    """
+
+    name: str
+    path: str
+    key: int | str | None = None
+    levels: tuple[str, ...] = ()
+    kind: str = "feature"
+    origins: tuple[str, ...] = ()
+
+    def maps(self, calls: list[Any]) -> Maps:
+        """
+        The maps out of everything that the module returned in one forward.
+
+        Args:
+            calls: the module's outputs, one entry per call. A module called several times (a head
+                shared over levels) gives one level per call.
+
+        Raises:
+            ValueError: if there is something else than 4-D tensors, or another number of levels
+                than names.
+        """
+        picked = [self._pick(output) for output in calls]
+        found = picked[0] if len(picked) == 1 else picked
+        if isinstance(found, Tensor):
+            found = [found]
+        if isinstance(found, Mapping):
+            maps = dict(found)
+            if self.levels:
+                maps = {level: maps[level] for level in self.levels}
+        else:
+            flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else [item])]
+            names = self.levels or tuple(str(i) for i in range(len(flat)))
+            if len(names) != len(flat):
+                raise ValueError(
+                    f"Tap '{self.name}' has the levels {', '.join(names)}, but module "
+                    f"'{self.path}' returned {len(flat)} maps in {len(calls)} call(s)."
+                )
+            maps = dict(zip(names, flat, strict=True))
+        for level, x in maps.items():
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"Tap '{self.name}' (module '{self.path}', level '{level}') gives {what}, not "
+                    "an (N, C, H, W) map: tap a module that returns feature maps."
+                )
+        return maps
+
+    def _pick(self, output: Any) -> Any:
+        return output if self.key is None else output[self.key]
+
+
+class Recorder:
+    """
+    Records what the tapped modules return while it is entered; its hooks are gone on exit.
+
+        with Recorder(model, taps) as recorder:
+            model(inputs)
+        features = recorder.maps(taps["features"])
+
+    Taps that share a module share one hook. References only: nothing is cloned.
+
+    Args:
+        model: the detector.
+        taps: what to record.
+        expected_calls: how often each module path fires in one forward; paths that are absent may
+            fire any positive number of times.
+
+    Raises:
+        KeyError: if a path names no module, with the nearest names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Iterable[Tap],
+        expected_calls: Mapping[str, int] | None = None,
+    ) -> None:
+        self.calls: dict[str, list[Any]] = {}
+        self._modules = {tap.path: find_module(model, tap.path) for tap in taps}
+        self._expected = dict(expected_calls or {})
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Recorder":
+        self.calls = {path: [] for path in self._modules}
+        for path, module in self._modules.items():
+            calls = self.calls[path]  # bound below per path
+            self._handles.append(
+                module.register_forward_hook(lambda m, i, output, calls=calls: calls.append(output))
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def maps(self, tap: Tap) -> Maps:
+        """
+        The recorded maps of one tap.
+
+        Raises:
+            RuntimeError: if its module did not fire, or not as often as expected.
+        """
+        calls = self.calls[tap.path]
+        expected = self._expected.get(tap.path)
+        if not calls or (expected is not None and len(calls) != expected):
+            wanted = "at least once" if expected is None else f"{expected} time(s)"
+            raise RuntimeError(
+                f"Tap '{tap.name}': module '{tap.path}' was called {len(calls)} time(s) in this "
+                f"forward, but should be called {wanted}. A module whose result is not used, or "
+                "that is bypassed (its forward called directly), cannot be tapped."
+            )
+        return tap.maps(calls)
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """
+    ``model.get_submodule(path)`` with an answer to a wrong path.
+
+    Raises:
+        KeyError: if there is no such module, with the nearest existing paths.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name]
+        depth = path.count(".")
+        near = did_you_mean(path, [k for k in known if abs(k.count(".") - depth) <= 1])
+        raise KeyError(
+            f"{type(model).__name__} has no tap or module '{path}'.{near} List all of them with: "
+            "python -m kd_det taps --config-file ..."
+        ) from None

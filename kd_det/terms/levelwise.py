@@ -1,0 +1,152 @@
+"""Terms that compare one map of the student with one map of the target, level by level."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd_det.connectors import Auto, Connector, Identity
+from kd_det.context import Context
+from kd_det.detectors import TapShape
+from kd_det.pairing import Pair, on_one_grid, pair_levels
+from kd_det.regions import Padding, Region
+from kd_det.sources import Source
+from kd_det.taps import Maps
+from kd_det.terms.term import PlanRow, Term
+
+
+class LevelwiseTerm(Term):
+    """
+    connector -> one grid -> region -> `compare`, for every pair of levels of one stride.
+
+    Args:
+        tap: preset or module path in the student.
+        source_tap: preset or module path in the source; empty for the same as ``tap``.
+        levels: names of the student's levels; empty for all that have a partner.
+        level_weights: one factor per used level, in order; empty for 1 each, as published. (CWD
+            pushes every level equally, and so a cell of P7 some 200 times as hard as one of P3;
+            weights that fall by 4 per level make it equal per cell.)
+        connector: recipe of the map from the student's to the target's channels. On taps whose
+            channels have a meaning (logits, deltas), ``Auto`` stands for none.
+        region: where it counts.
+        common: source, weight, schedule: see `Term`.
+
+    Raises:
+        ValueError: if a level weight is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        tap: str = "features",
+        source_tap: str = "",
+        levels: tuple[str, ...] = (),
+        level_weights: tuple[float, ...] = (),
+        connector: Connector = Auto(),
+        region: Region = Padding(),
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if not all(math.isfinite(w) and w >= 0 for w in level_weights):
+            raise ValueError(f"level_weights are finite and >= 0, but got {tuple(level_weights)}.")
+        self.tap = tap
+        self.source_tap = source_tap or tap
+        self.levels = tuple(levels)
+        self.level_weights = tuple(level_weights)
+        self.connector = connector
+        self.region = region
+        self.pairs: list[Pair] = []
+        self.connectors = nn.ModuleDict()
+
+    def student_taps(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.tap,)
+
+    def source_taps(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.source_tap,)
+
+    def wire(  # noqa: D102
+        self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
+    ) -> list[PlanRow]:
+        self.pairs = pair_levels(student[self.tap], target[self.source_tap], self.levels)
+        if self.level_weights and len(self.level_weights) != len(self.pairs):
+            raise ValueError(
+                f"there are {len(self.level_weights)} LEVEL_WEIGHTS for {len(self.pairs)} levels "
+                f"({', '.join(p.student.level for p in self.pairs)})"
+            )
+        rows = []
+        for pair in self.pairs:
+            module = self._connect(pair)
+            # ModuleDict keys may not contain dots; level names are keys of dicts or numbers.
+            self.connectors[pair.student.level] = module
+            rows.append(
+                PlanRow(
+                    tap=self.tap,
+                    level=pair.student.level,
+                    target=f"{self.source_tap}.{pair.target.level}",
+                    student_channels=pair.student.channels,
+                    target_channels=pair.target.channels,
+                    stride=pair.target.stride,
+                    connector=_describe(module),
+                    region=type(self.region).__name__,
+                    loss=type(self).__name__,
+                    parameters=sum(p.numel() for p in module.parameters()),
+                )
+            )
+        return rows
+
+    def _connect(self, pair: Pair) -> nn.Module:
+        recipe = self.connector
+        meaningful = {pair.student.kind, pair.target.kind} != {"feature"}
+        if meaningful and isinstance(recipe, Auto):
+            recipe = Identity()
+        try:
+            return recipe(pair.student.channels, pair.target.channels)
+        except ValueError as e:
+            hint = (
+                ". These channels are anchors x classes (or coordinates), which no connector can "
+                "translate: teacher and student need the same anchors per cell and the same "
+                "classes here, or distil features (TAP: features)"
+                if meaningful
+                else ""
+            )
+            raise ValueError(f"level {pair.student.level} of tap '{self.tap}': {e}{hint}") from None
+
+    def forward(  # noqa: D102
+        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context, source: Source
+    ) -> dict[str, Tensor]:
+        values = {}
+        for pair in self.pairs:
+            level = pair.student.level
+            s = self.connectors[level](student[self.tap][level])
+            t = target[self.source_tap][pair.target.level]
+            s, t = on_one_grid(s, t, pair)
+            region = self.region(context, s, t, pair.target.stride)
+            values[level] = self.compare(s, t, region)
+        return values
+
+    def compare(self, student: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
+        """
+        The value of one level.
+
+        Args:
+            student: ``(N, C, H, W)``, after its connector.
+            target: ``(N, C, H, W)``, a constant.
+            region: ``(N, 1, H, W)`` weights >= 0, or ``None`` where every cell counts 1.
+        """
+        raise NotImplementedError
+
+    def level_weight(self, level: str) -> float:  # noqa: D102
+        if not self.level_weights:
+            return 1.0
+        index = [p.student.level for p in self.pairs].index(level)
+        return self.level_weights[index]
+
+
+def _describe(module: nn.Module) -> str:
+    if isinstance(module, nn.Identity):
+        return "-"
+    conv = module[0] if isinstance(module, nn.Sequential) else module
+    kernel = getattr(conv, "kernel_size", ("?",))[0]
+    relu = "+ReLU" if isinstance(module, nn.Sequential) else ""
+    return f"conv{kernel}x{kernel}{relu}"

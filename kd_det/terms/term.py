@@ -1,0 +1,102 @@
+"""The base of terms."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kd_det.context import Context
+from kd_det.detectors import TapShape
+from kd_det.schedules import Constant, Schedule
+from kd_det.sources import Source
+from kd_det.taps import Maps
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a term does on one level, for the plan that ``--dry-run`` prints."""
+
+    tap: str
+    level: str
+    target: str
+    student_channels: int
+    target_channels: int
+    stride: int
+    connector: str
+    region: str
+    loss: str
+    parameters: int
+
+
+class Term(nn.Module):
+    """
+    One addition to the student's loss: ``weight * schedule(progress) * sum_l value_l``.
+
+    A term owns what it trains (connectors, generators, teacher-side modules) as submodules: those
+    parameters are optimised with the student's and are never exported.
+
+    Args:
+        source: name of the source that is imitated; empty for the only one.
+        weight: factor on the term, finite and >= 0; 0 removes the term and its taps.
+        schedule: how the weight moves over the run.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+
+    def __init__(
+        self, *, source: str = "", weight: float = 1.0, schedule: Schedule = Constant()
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"{type(self).__name__} needs a finite weight >= 0, but got {weight}."
+            )
+        self.source = source
+        self.weight = float(weight)
+        self.schedule = schedule
+
+    def student_taps(self) -> tuple[str, ...]:
+        """Names of the taps of the student that `forward` reads."""
+        raise NotImplementedError
+
+    def source_taps(self) -> tuple[str, ...]:
+        """Names of the taps of the source that `forward` reads."""
+        raise NotImplementedError
+
+    def wire(
+        self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
+    ) -> list[PlanRow]:
+        """
+        Build what depends on shapes; called once, before the optimizer is made.
+
+        Args:
+            student: for every student tap its levels.
+            target: for every source tap its levels.
+
+        Returns:
+            One row per level for the plan.
+
+        Raises:
+            ValueError: if the shapes cannot be brought together.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context, source: Source
+    ) -> dict[str, Tensor]:
+        """
+        The unweighted value of every level, a scalar attached to the student's graph.
+
+        Args:
+            student: for every student tap its maps, with gradients.
+            target: for every source tap its maps.
+            context: ground truth, sizes, anchors, progress.
+            source: the source itself, for methods that run parts of it.
+        """
+        raise NotImplementedError
+
+    def level_weight(self, level: str) -> float:
+        """Factor on the value of a level, beside the term's weight."""
+        return 1.0

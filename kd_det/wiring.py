@@ -1,0 +1,148 @@
+"""Wiring: terms are tied to taps of the student and of their sources, and sized."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kd_det.detectors import describe, probe
+from kd_det.inherit import Inherit
+from kd_det.registry import did_you_mean
+from kd_det.rng import preserved_rng
+from kd_det.sources import Source, SourceUnavailable
+from kd_det.taps import Tap
+from kd_det.terms import Term
+from kd_det.terms.term import PlanRow
+
+
+@dataclass
+class Wiring:
+    """
+    The resolved plan of a Distiller.
+
+    Attributes:
+        sources: the sources that something needs.
+        terms: the terms of non-zero weight.
+        source_of: name of each term's source.
+        taps: the student's taps by name.
+        expected_calls: how often each tapped module of the student fires per forward.
+        all_source_taps: for every source all taps that any term reads.
+        rows: one row per term and level.
+        unavailable: why training cannot start (a source's file is missing), or ``None``.
+    """
+
+    sources: dict[str, Source]
+    terms: dict[str, Term]
+    source_of: dict[str, str] = field(default_factory=dict)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    expected_calls: dict[str, int] = field(default_factory=dict)
+    all_source_taps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, list[PlanRow]] = field(default_factory=dict)
+    unavailable: SourceUnavailable | None = None
+
+    def student_taps(self, active: Iterable[str]) -> dict[str, Tap]:
+        """The student's taps that these terms, and the sources behind them, read."""
+        active = list(active)
+        names = [tap for term in active for tap in self.terms[term].student_taps()]
+        for source in {self.source_of[term] for term in active}:
+            names += self.sources[source].student_taps()
+        return {name: self.taps[name] for name in dict.fromkeys(names)}
+
+    def source_taps(self, active: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """For every source that these terms read, the names of the taps."""
+        asked: dict[str, list[str]] = {}
+        for term in active:
+            asked.setdefault(self.source_of[term], []).extend(self.terms[term].source_taps())
+        return {source: tuple(dict.fromkeys(taps)) for source, taps in asked.items()}
+
+
+def wire(
+    student: nn.Module,
+    sources: Mapping[str, Source],
+    terms: Mapping[str, Term],
+    inherit: Inherit | None = None,
+) -> Wiring:
+    """
+    Tie terms to taps and let them build their connectors. No global random state is changed.
+
+    Raises:
+        ValueError: if names or shapes do not fit; the message begins with the term.
+        KeyError: if a tap or a source does not exist, with the nearest names.
+    """
+    for name in (*sources, *terms):
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"'{name}' cannot name a source or a term: take a Python identifier that is no "
+                "method of a dict, for it becomes part of loss and parameter names."
+            )
+    kept = {name: term for name, term in terms.items() if term.weight > 0}
+    source_of = {name: _source_of(name, term, sources) for name, term in kept.items()}
+    needed = set(source_of.values())
+    if inherit is not None:
+        if inherit.source not in sources:
+            raise KeyError(f"The student inherits from {_unknown_source(inherit.source, sources)}")
+        needed.add(inherit.source)
+    wiring = Wiring(
+        sources={name: source for name, source in sources.items() if name in needed},
+        terms=kept,
+        source_of=source_of,
+    )
+    wiring.all_source_taps = {
+        **{name: () for name in wiring.sources},
+        **wiring.source_taps(kept),
+    }
+    detector = describe(student)
+    with preserved_rng():
+        for name, term in kept.items():
+            with _named(f"Term '{name}'"):
+                wiring.taps.update({tap: detector.tap(tap) for tap in term.student_taps()})
+        for name, source in wiring.sources.items():
+            with _named(f"Source '{name}'"):
+                wiring.taps.update({tap: detector.tap(tap) for tap in source.student_taps()})
+        seen = probe(student, wiring.taps.values()) if wiring.taps else {}
+        wiring.expected_calls = {
+            tap.path: seen[name][0].calls for name, tap in wiring.taps.items()
+        }
+        try:
+            shapes = {}
+            for name, source in wiring.sources.items():
+                with _named(f"Source '{name}'"):
+                    source.wire(seen)
+                    shapes[name] = source.shapes(wiring.all_source_taps[name])
+        except SourceUnavailable as e:
+            wiring.unavailable = e
+            return wiring
+        for name, term in kept.items():
+            with _named(f"Term '{name}'"):
+                wiring.rows[name] = term.wire(seen, shapes[source_of[name]])
+    return wiring
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of a part begin with its name: a config has many of them."""
+    try:
+        yield
+    except (ValueError, KeyError) as e:
+        raise type(e)(f"{what}: {e.args[0]}") from None
+
+
+def _source_of(name: str, term: Term, sources: Mapping[str, Source]) -> str:
+    if not term.source:
+        if len(sources) == 1:
+            return next(iter(sources))
+        raise ValueError(
+            f"Term '{name}' names no SOURCE, and there are {len(sources)} of them "
+            f"({', '.join(sources) or 'none'}): say which one it imitates."
+        )
+    if term.source not in sources:
+        raise KeyError(f"Term '{name}' imitates {_unknown_source(term.source, sources)}")
+    return term.source
+
+
+def _unknown_source(name: str, sources: Mapping[str, Source]) -> str:
+    return (
+        f"the source '{name}', which does not exist.{did_you_mean(name, sources)} "
+        f"Sources: {', '.join(sources) or 'none'}."
+    )
