@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Bytes of float32 that one block of rows holds per temporary. About five temporaries live at once:
 # on a CPU they should stay in the second-level cache, on other devices launches should be few.
 _BLOCK_BYTES = {"cpu": 1 << 20}
 _BLOCK_BYTES_ELSEWHERE = 1 << 26
+
+# A cell's gradient, 1 / (N C M) or so, is below float16's smallest number, and a loss scale only
+# comes in the backward: a float16 map's gradient is saved in units that fill float16's range.
+_FLOAT16_RANGE = 2.0**15
 
 
 def channel_wise_kl(
@@ -55,6 +58,7 @@ def channel_wise_kl(
 
     Raises:
         ValueError: if the shapes do not fit, or ``tau`` is not a positive finite number.
+        RuntimeError: in a backward with ``create_graph=True``.
     """
     _check(student, teacher, tau, region, channel_weight)
     # A plain function of tensors for autograd: options are resolved to two weight tensors first.
@@ -64,7 +68,7 @@ def channel_wise_kl(
 class _ChannelWiseKL(torch.autograd.Function):
     """
     The gradient is formed in the forward, where both softmaxes are at hand: the backward scales
-    one saved tensor. Differentiating twice raises PyTorch's `once_differentiable` error.
+    one saved tensor. Differentiating twice is refused.
     """
 
     @staticmethod
@@ -79,7 +83,8 @@ class _ChannelWiseKL(torch.autograd.Function):
         with torch.autocast(student.device.type, enabled=False):
             wide = torch.float64 in (student.dtype, teacher.dtype)
             dtype = torch.float64 if wide else torch.float32
-            scale = _row_scale(student, tau, channel_weight, dtype)
+            weight, mean = _row_weight(student, channel_weight, dtype)
+            unit = _FLOAT16_RANGE if student.dtype == torch.float16 else 1.0
             grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
             total = student.new_zeros((), dtype=dtype)
             for image, rows in _blocks(student, dtype):
@@ -88,20 +93,31 @@ class _ChannelWiseKL(torch.autograd.Function):
                     teacher[image, rows],
                     tau,
                     None if region is None else region[image],
-                    scale[image, rows],
+                    weight[image, rows],
                     None if grad is None else grad[image, rows],
+                    unit,
                 )
         if grad is not None:
             ctx.save_for_backward(grad)
-        return total
+            ctx.factor = tau * mean / unit
+        return total * (tau**2 * mean)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # create_graph=True. PyTorch's once_differentiable would let it pass where the loss is
+            # the end of the graph, with a second derivative of 0.
+            raise RuntimeError(
+                "channel_wise_kl can be differentiated once only: its gradient is formed in the "
+                "forward. Take it without create_graph=True."
+            )
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         (grad,) = ctx.saved_tensors
-        return (grad * grad_output).to(grad.dtype), None, None, None, None
+        # One element, not a scalar: a scalar would be rounded to the map's dtype first, and a loss
+        # scale of 65536 is infinite in float16.
+        factor = (grad_output * ctx.factor).reshape(1)
+        return torch.mul(grad, factor, out=torch.empty_like(grad)), None, None, None, None
 
 
 def _block(
@@ -109,18 +125,20 @@ def _block(
     teacher: Tensor,
     tau: float,
     region: Tensor | None,
-    scale: Tensor,
+    weight: Tensor,
     grad: Tensor | None,
+    unit: float,
 ) -> Tensor:
     """
-    One block of n images and c channels: sum of scale * KL, and d/d student written to ``grad``.
+    One block of n images and c channels: sum of weight * KL, and unit * weight * (q - p) written to
+    ``grad``.
 
     With e = w exp(x - max) and z = sum e, a row needs each exponential once:
     KL = sum_i e_t (t - s) / z_t - log z_t + log z_s, all maps shifted by their row's maximum.
     """
     n, c, h, w = student.shape
     shape = (n * c, h * w)
-    dtype = scale.dtype
+    dtype = weight.dtype
     t = teacher.to(dtype).reshape(shape)  # (n c, M)
     s = student.to(dtype).reshape(shape)
     if tau != 1.0:
@@ -139,23 +157,24 @@ def _block(
     # ... and its z is clamped to 1, which a row with positions never falls below.
     z_t = e_t.sum(1, keepdim=True).clamp_min_(1)
     z_s = e_s.sum(1, keepdim=True).clamp_min_(1)
-    scale = scale.reshape(-1, 1)  # (n c, 1)
+    weight = weight.reshape(-1, 1)  # (n c, 1)
     if grad is not None:
-        # d(scale KL)/ds = scale / tau * (q - p)
-        step = scale / tau
+        step = weight * unit
         q_minus_p = e_s.mul_(step / z_s).addcmul_(e_t, step / z_t, value=-1)  # (n c, M)
         grad.copy_(q_minus_p.view(n, c, h, w))
     kl = e_t.mul_(gap).sum(1, keepdim=True) / z_t - z_t.log() + z_s.log()
-    return (kl * scale).sum()
+    return (kl * weight).sum()
 
 
-def _row_scale(x: Tensor, tau: float, channel_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(N, C) factors of the rows: tau^2 / (N C), or tau^2 / N * a_nc / sum_c a_nc."""
+def _row_weight(
+    x: Tensor, channel_weight: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """(N, C) weights of the rows and a factor: 1 and 1 / (N C), or a_nc / sum_c a_nc and 1 / N."""
     n, c = x.shape[:2]
     if channel_weight is None:
-        return torch.full((n, c), tau**2 / max(n * c, 1), dtype=dtype, device=x.device)
+        return x.new_ones((n, c), dtype=dtype), 1 / max(n * c, 1)
     a = channel_weight.detach().to(dtype)
-    return tau**2 / n * a / a.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    return a / a.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny), 1 / max(n, 1)
 
 
 def _blocks(x: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
