@@ -1,5 +1,6 @@
 """Which level of the student is compared with which level of the target, and on which grid."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ def pair_levels(
     Args:
         student: the student's levels.
         target: the target's levels.
-        levels: names of the student's levels to use; empty for all that have a partner.
+        levels: names of the student's levels to use, which gives the order of the pairs; empty for
+            all that have a partner.
 
     Raises:
         ValueError: if a name is unknown or has no partner, or if nothing can be paired.
     """
-    known = [s.level for s in student]
+    known = {s.level: s for s in student}
     for name in levels:
         if name not in known:
             raise ValueError(
@@ -46,9 +48,7 @@ def pair_levels(
     if len(student) == len(target) == 1:
         return [Pair(student[0], target[0])]
     pairs = []
-    for s in student:
-        if levels and s.level not in levels:
-            continue
+    for s in [known[name] for name in dict.fromkeys(levels)] or student:
         same = [t for t in target if t.stride == s.stride and (levels or t.origin == s.origin)]
         # Maps of one stride under several names (a raw list of outputs): take the same name first.
         same.sort(key=lambda t: t.level != s.level)
@@ -73,18 +73,18 @@ def on_one_grid(student: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Te
 
     At one stride cell (i, j) covers the same pixels on both sides, and two detectors that pad
     differently only differ in how far their grids reach: both are cropped to the common part.
-    At different strides the student is resized to the target's grid, bilinearly.
+    At different strides the student is first resized by their ratio, bilinearly; resizing to the
+    target's H x W would stretch it where the two detectors pad differently.
 
     Args:
         student: ``(N, C, H, W)`` of the student.
         target: ``(N, C', H', W')`` of the target.
         pair: what their levels are.
     """
-    if student.shape[-2:] == target.shape[-2:]:
-        return student, target
     if pair.student.stride != pair.target.stride:
-        size = target.shape[-2:]
-        return F.interpolate(student, size=size, mode="bilinear", align_corners=False), target
+        ratio = pair.student.stride / pair.target.stride
+        size = [math.ceil(side * ratio) for side in student.shape[-2:]]
+        student = F.interpolate(student, size=size, mode="bilinear", align_corners=False)
     h = min(student.shape[-2], target.shape[-2])
     w = min(student.shape[-1], target.shape[-1])
     return student[..., :h, :w], target[..., :h, :w]
