@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
 # SyncBatchNorm is a _BatchNorm, but not a BatchNorm2d.
@@ -29,22 +30,24 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[st
         Paths of the folded norms, and paths of the norms that were left alone.
     """
     keep = set(keep)
-    uses = Counter(id(m) for parent in model.modules() for m in parent.children())
+    # Not children(): it names a module once that a parent holds twice.
+    uses = Counter(id(m) for parent in model.modules() for m in parent._modules.values())
     folded = []
     for path, module in model.named_modules():
         norm = getattr(module, "norm", None)
-        if isinstance(module, nn.Conv2d) and isinstance(norm, _FOLDABLE):
+        if isinstance(module, Conv2d) and _is_foldable(norm):
             name = f"{path}.norm"
             if uses[id(norm)] == 1 and uses[id(module)] == 1 and name not in keep:
                 _fold(module, norm)
                 module.norm = None
                 folded.append(name)
-        elif isinstance(module, nn.Sequential):
+        # A subclass with a forward of its own may run its children in any order.
+        elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             prefix = f"{path}." if path else ""
             names = list(module._modules)
-            for conv_name, norm_name in zip(names, names[1:], strict=False):
+            for conv_name, norm_name in pairwise(names):
                 conv, norm = module._modules[conv_name], module._modules[norm_name]
-                if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _FOLDABLE):
+                if not isinstance(conv, nn.Conv2d) or not _is_foldable(norm):
                     continue
                 if getattr(conv, "norm", None) is not None or uses[id(conv)] * uses[id(norm)] != 1:
                     continue
@@ -56,6 +59,11 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[st
                     folded.append(prefix + norm_name)
     left = [path for path, m in model.named_modules() if isinstance(m, _FOLDABLE)]
     return folded, left
+
+
+def _is_foldable(norm: object) -> bool:
+    # Without running statistics a BatchNorm normalises by the batch, in eval mode too.
+    return isinstance(norm, _FOLDABLE) and norm.running_mean is not None
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
@@ -71,5 +79,7 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
     bias = bias * scale
     if beta is not None:
         bias = bias + beta.double()
-    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])  # (out, in, k, k)
+    # A new parameter: another convolution may share the old one.
+    weight = conv.weight.double() * scale[:, None, None, None]  # (out, in, k, k)
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)

@@ -150,7 +150,9 @@ class Teacher(Source):
             Recorder(model, resolved.values(), self._expected_calls) as recorder,
         ):
             images = model.preprocess_image(inputs)  # type: ignore[operator]
-            detector.run(images.tensor.to(_PRECISIONS[self.precision]), resolved.values())
+            # Not `precision`: the owner may have been cast since (.half(), .double()).
+            dtype = next(model.parameters()).dtype
+            detector.run(images.tensor.to(dtype), resolved.values())
         return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
 
     def release(self) -> None:  # noqa: D102
