@@ -13,6 +13,7 @@ from kd_det import connectors, losses, regions, schedules, sources, terms
 from kd_det.build import build_distiller
 from kd_det.config import add_kd_config
 from kd_det.distiller import Distiller
+from kd_det.engine import TrainerMixin
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDState
 from kd_det.sources import Teacher
@@ -24,6 +25,7 @@ __all__ = [
     "Inherit",
     "KDState",
     "Teacher",
+    "TrainerMixin",
     "add_kd_config",
     "build_distiller",
     "connectors",

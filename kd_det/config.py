@@ -8,9 +8,9 @@ or refuses every field, and never takes 4 for 4.0); so the config object becomes
 """
 
 import ast
+import inspect
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -26,6 +26,7 @@ NAME = "Distiller"
 """``MODEL.META_ARCHITECTURE`` of a config with distillation."""
 
 _ITEMS: dict[str, PartRegistry] = {"SOURCES": SOURCES, "TERMS": TERMS}
+_LAYER = "KD of "  # + file name: keys under which the KD nodes of a file and its bases travel
 _ENABLED = Field(True, bool)  # every named item can be switched off
 _DATASET = {"JSON": Field("", str, is_path=True), "IMAGES": Field("", str, is_path=True)}
 
@@ -96,7 +97,7 @@ def check_enabled(cfg: CfgNode) -> None:
         ValueError: if ``KD.ENABLED`` is set under another meta-architecture.
     """
     arch = cfg.MODEL.META_ARCHITECTURE
-    if cfg.KD.ENABLED and arch != NAME:
+    if "KD" in cfg and cfg.KD.ENABLED and arch != NAME:
         raise ValueError(
             f"KD.ENABLED is True, but MODEL.META_ARCHITECTURE is '{arch}', which trains without "
             f"distillation. Set MODEL.META_ARCHITECTURE to '{NAME}' and "
@@ -111,34 +112,47 @@ class _KDMixin(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """As the base class; paths under ``KD`` are resolved relative to the file naming them."""
+        """
+        As the base class; the ``KD`` of every file comes under a key of its own, in order.
+
+        Paths in it are resolved relative to the file naming them.
+        """
         loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
-        if "://" not in filename:
-            _resolve_paths(loaded.get("KD"), os.path.dirname(os.path.abspath(filename)))
+        kd = loaded.pop("KD", None)
+        if kd is not None:
+            if "://" not in filename:
+                _resolve_paths(kd, os.path.dirname(os.path.abspath(filename)))
+            # The base class merges a file into its _BASE_ as plain dicts: the fields of one TYPE
+            # would meet another TYPE, and REGION: Ones could not become a map.
+            loaded[_LAYER + filename] = kd
         return loaded
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
-        """As the base class; ``KD`` is merged by `merge_kd`."""
+        """As the base class; ``KD`` is merged by `merge_kd`, first: a bad one changes nothing."""
         rest = cfg_other.clone()
-        kd = rest.pop("KD", None)
+        kd = self.KD.clone()
+        for key in [k for k in rest if k == "KD" or str(k).startswith(_LAYER)]:
+            layer = rest.pop(key)
+            if layer is not None:
+                merge_kd(kd, layer)
         super().merge_from_other_cfg(rest)
-        if kd is not None:
-            merge_kd(self.KD, kd)
+        self.KD.update(kd)
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """As the base class; ``KD.…`` keys are merged by `merge_kd`."""
+        """As the base class; ``KD.…`` keys are merged by `merge_kd`, first."""
         pairs = list(zip(cfg_list[0::2], cfg_list[1::2], strict=False))
-        ours = [(k, v) for k, v in pairs if k.startswith("KD.")]
+        ours = [(k, v) for k, v in pairs if k.split(".")[0] == "KD"]
         if ours and len(cfg_list) % 2:
             raise ValueError(f"Overrides are pairs of KEY VALUE, but got {len(cfg_list)} words.")
+        kd = self.KD.clone()
         for key, value in ours:
             tree: Any = value
             for part in reversed(key.split(".")[1:]):
                 tree = {part: tree}
-            merge_kd(self.KD, tree)
-        taken = {k for k, _ in ours}
-        rest = [x for k, v in pairs if k not in taken for x in (k, v)]
+            merge_kd(kd, tree)
+        rest = [x for k, v in pairs if (k, v) not in ours for x in (k, v)]
         super().merge_from_list(rest + cfg_list[2 * len(pairs) :])
+        self.KD.update(kd)
 
     def freeze(self) -> None:
         """As the base class, after `check_enabled`."""
@@ -155,15 +169,30 @@ class _KDMixin(CfgNode):
         return cls.plain_class._decode_cfg_value(value)
 
 
+    def __reduce__(self) -> Any:
+        # `_kd_class` of a user's class is no module's attribute, by which pickle finds classes.
+        return _unpickle, (self.plain_class, dict(self), self.__dict__)
+
+
 class KDCfgNode(_KDMixin):
     """Detectron2's `CfgNode` with a ``KD`` node."""
 
 
-@lru_cache
+_CLASSES: dict[type[CfgNode], type[CfgNode]] = {CfgNode: KDCfgNode}
+
+
 def _kd_class(base: type[CfgNode]) -> type[CfgNode]:
-    if base is CfgNode:
-        return KDCfgNode
-    return type(f"KD{base.__name__}", (_KDMixin, base), {"plain_class": base})
+    """One class per class of configs: a project may have its own."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"KD{base.__name__}", (_KDMixin, base), {"plain_class": base})
+    return _CLASSES[base]
+
+
+def _unpickle(base: type[CfgNode], nodes: dict[str, Any], state: dict[str, Any]) -> CfgNode:
+    cfg = _kd_class(base)()
+    dict.update(cfg, nodes)
+    cfg.__dict__.update(state)
+    return cfg
 
 
 def _change_class(cfg: CfgNode, cls: type[CfgNode]) -> None:
@@ -179,10 +208,10 @@ def merge_kd(kd: CfgNode, new: Mapping[str, Any], where: str = "KD") -> None:
             the full key, what was found and what there is.
     """
     result = kd.clone()
-    for key, value in new.items():
+    for key, value in _node(new, where).items():
         full = f"{where}.{key}"
         if key not in kd:
-            raise ValueError(f"There is no config key {full}.{did_you_mean(key, kd)}")
+            raise ValueError(f"There is no config key {full}.{did_you_mean(str(key), kd)}")
         if key in _ITEMS:
             for name, item in _node(value, full).items():
                 _merge_item(result[key], name, item, _ITEMS[key], f"{full}.{name}")
@@ -208,6 +237,8 @@ def _merge_item(
     if isinstance(new, str):
         new = {"TYPE": new}  # REGION: Ones
     new = _node(new, where)
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: names are words, but YAML read {name!r}; put it in quotes.")
     old = parent.get(name)
     if "TYPE" not in new and old is None:
         raise ValueError(
@@ -233,6 +264,9 @@ def _merge_item(
         elif key != "TYPE":
             leaves[key] = value
     _merge_leaves(node, leaves, fields, where)
+    for key, value in node.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"{where}.{key} has no default: say what it is.")
     parent[name] = node
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,17 +58,31 @@ class Distiller(KDStateMixin, nn.Module):
         on_start: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
+        if log_period < 1:
+            raise ValueError(f"The Distiller needs log_period >= 1, but got {log_period}.")
         self.student = student
         self.max_iter = max_iter
-        self.input_format = input_format or getattr(student, "input_format", "BGR")
+        self.input_format = input_format or str(getattr(student, "input_format", "BGR"))
         self.inherit = inherit
         self.log_period = log_period
         self.on_start = on_start
         self.wiring: Wiring = wire(student, sources, terms, inherit)
+        # The same objects as in the wiring, where PyTorch sees them: .to(), parameters(), DDP.
         self.sources = nn.ModuleDict(self.wiring.sources)
         self.terms = nn.ModuleDict(self.wiring.terms)
         self._progress: float | None = None
         self._started = False
+
+    def __getattr__(self, name: str) -> Any:
+        # Code that follows the names of the state_dict into the modules (fvcore's checkpointer does
+        # for a weight of another shape) finds the student's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name.startswith("__"):
+                raise
+            return getattr(student, name)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -100,7 +115,7 @@ class Distiller(KDStateMixin, nn.Module):
         """Loss dict of one batch, and for the active terms the values of their levels."""
         weights = {
             name: term.weight * term.schedule(progress, self.max_iter)
-            for name, term in self.terms.items()
+            for name, term in self.wiring.terms.items()
         }
         active = [name for name, weight in weights.items() if weight > 0]
         taps = self.wiring.student_taps(active)
@@ -111,27 +126,39 @@ class Distiller(KDStateMixin, nn.Module):
 
         targets = {}
         for name, asked in self.wiring.source_taps(active).items():
-            self._ready(name)
-            targets[name] = self.sources[name](context, asked)
+            source = self.wiring.sources[name]
+            source.prepare(self.wiring.all_source_taps[name])
+            self.check_fingerprint(name, source)
+            targets[name] = source(context, asked)
+            if clash := losses.keys() & targets[name].losses.keys():
+                raise ValueError(
+                    f"Source '{name}' has losses of its own called {', '.join(sorted(clash))}, as "
+                    "the step has already: it must give them other names."
+                )
             losses.update(targets[name].losses)
 
         values = {}
-        for name, term in self.terms.items():
+        for name, term in self.wiring.terms.items():
             if name in active:
-                source = self.wiring.source_of[name]
-                values[name] = term(maps, targets[source].maps, context, self.sources[source])
-            losses[f"loss_kd_{name}"] = self._total(term, weights[name], values.get(name))
+                of = self.wiring.source_of[name]
+                values[name] = term(maps, targets[of].maps, context, self.wiring.sources[of])
+            losses[f"loss_kd_{name}"] = self._total(name, weights[name], values.get(name))
         return losses, values, weights
 
-    def _total(self, term: Term, weight: float, values: dict[str, Tensor] | None) -> Tensor:
-        """weight * sum_l value_l; an idle term still touches its parameters, or DDP would stall."""
+    def _total(self, name: str, weight: float, values: dict[str, Tensor] | None) -> Tensor:
+        """
+        weight * sum_l value_l; an idle term still touches its parameters and those of its source,
+        or DDP would stall.
+        """
+        term = self.wiring.terms[name]
         if values is not None:
             return weight * torch.stack(
                 [term.level_weight(level) * value for level, value in values.items()]
             ).sum()
         device = next(self.student.parameters()).device
         zero = torch.zeros((), device=device)
-        return zero + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
+        idle = chain(term.parameters(), self.wiring.sources[self.wiring.source_of[name]].parameters())
+        return zero + sum(0 * p.sum() for p in idle if p.requires_grad)
 
     def prepare(self) -> None:
         """
@@ -143,13 +170,8 @@ class Distiller(KDStateMixin, nn.Module):
         """
         if self.wiring.unavailable is not None:
             raise self.wiring.unavailable
-        for name in self.sources:
-            self._ready(name)
-
-    def _ready(self, name: str) -> None:
-        source = self.sources[name]
-        source.prepare(self.wiring.all_source_taps[name])
-        self.check_fingerprint(name, source)
+        for name, source in self.wiring.sources.items():
+            source.prepare(self.wiring.all_source_taps[name])
 
     def _start(self, iteration: int | None) -> None:
         """Once, before the first training step: check a resumed run, or let a new one inherit."""
@@ -159,7 +181,7 @@ class Distiller(KDStateMixin, nn.Module):
             raise self.wiring.unavailable
         resuming = self.check_resume(iteration)
         if self.inherit is not None and not resuming:
-            self.inherit(self.student, self.sources[self.inherit.source])
+            self.inherit(self.student, self.wiring.sources[self.inherit.source])
         if self.on_start is not None:
             self.on_start()
         self._started = True
@@ -169,7 +191,7 @@ class Distiller(KDStateMixin, nn.Module):
             return self._progress
         if iteration is not None and self.max_iter:
             return min(iteration / self.max_iter, 1.0)
-        if any(term.schedule.needs_clock for term in self.terms.values()):
+        if any(term.schedule.needs_clock for term in self.wiring.terms.values()):
             raise ValueError(
                 "A term has a schedule, but the Distiller has no clock: give it max_iter=... under "
                 "Detectron2's EventStorage, or call distiller.set_progress(x) with x in [0, 1] "
@@ -192,13 +214,13 @@ class Distiller(KDStateMixin, nn.Module):
         for name, levels in values.items():
             for level in levels:
                 value = next(numbers)
-                weight = weights[name] * self.terms[name].level_weight(level)
+                weight = weights[name] * self.wiring.terms[name].level_weight(level)
                 storage.put_scalar(f"kd/{name}/{level}", value)
                 storage.put_scalar(f"kd/{name}/{level}/weighted", weight * value)
 
     def _release_finished(self, progress: float) -> None:
         """Free the sources that no term needs until the end of the run."""
-        for name, source in self.sources.items():
-            users = [t for n, t in self.terms.items() if self.wiring.source_of[n] == name]
+        for name, source in self.wiring.sources.items():
+            users = [t for n, t in self.wiring.terms.items() if self.wiring.source_of[n] == name]
             if all(t.schedule.finished(progress, self.max_iter) for t in users):
                 source.release()

@@ -38,7 +38,8 @@ class KDStateMixin(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.kd_in_metadata = True
-        self._restored: dict[str, str] | None = None  # fingerprints of the sources back then
+        self._restored = False
+        self._then: dict[str, str] = {}  # fingerprints of the sources when the checkpoint was made
         self._not_restored = "the checkpoint carries no kd state"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,8 +105,8 @@ class KDStateMixin(nn.Module):
         * ``tensors``: everything that trains beside the student.
         """
         fingerprints = {
-            name: source.fingerprint() or (self._restored or {}).get(name, "")
-            for name, source in self.sources.items()
+            name: source.fingerprint() or self._then.get(name, "")
+            for name, source in self.wiring.sources.items()
         }
         return {"plan": self._plan(), "sources": fingerprints, "tensors": self._tensors()}
 
@@ -117,7 +118,7 @@ class KDStateMixin(nn.Module):
             ValueError: if it belongs to other sources, terms or shapes.
         """
         self._restore(state)
-        if self._restored is None:
+        if not self._restored:
             raise ValueError(
                 f"The kd state cannot be restored: {self._not_restored}. A run resumes with the "
                 "sources and terms that it was started with; for other ones start a new run with "
@@ -139,10 +140,10 @@ class KDStateMixin(nn.Module):
         Raises:
             RuntimeError: if it does, and something that trains beside the student is not restored.
         """
-        resuming = self._restored is not None if iteration is None else iteration > 0
+        resuming = self._restored if iteration is None else iteration > 0
         if not resuming:
-            self._restored = None  # a new run from an older checkpoint: other teachers are fine
-        elif self._restored is None and self._tensors():
+            self._then = {}  # a new run from an older checkpoint: other teachers are fine
+        elif not self._restored and self._tensors():
             raise RuntimeError(
                 f"This run resumes, but what trains beside the student ({len(self._tensors())} "
                 f"tensors of {', '.join(self.terms)}) cannot be restored: {self._not_restored}. "
@@ -157,7 +158,7 @@ class KDStateMixin(nn.Module):
         Raises:
             ValueError: if a resumed run's source is not the one that the run began with.
         """
-        then, now = (self._restored or {}).get(name, ""), source.fingerprint()
+        then, now = self._then.get(name, ""), source.fingerprint()
         if then and now and then != now:
             raise ValueError(
                 f"Source '{name}' is not the one that this run began with: its weights have the "
@@ -168,6 +169,8 @@ class KDStateMixin(nn.Module):
     def _restore(self, state: dict[str, Any] | None) -> None:
         if state is None:
             return
+        self._restored = False
+        self._then = dict(state["sources"])
         tensors = self._tensors()
         if state["plan"] != self._plan() or state["tensors"].keys() != tensors.keys():
             self._not_restored = "the checkpoint was written with other sources, terms or shapes"
@@ -175,7 +178,7 @@ class KDStateMixin(nn.Module):
             return
         beside = nn.ModuleDict({"sources": self.sources, "terms": self.terms})
         beside.load_state_dict(state["tensors"])
-        self._restored = dict(state["sources"])
+        self._restored = True
 
     def _tensors(self) -> dict[str, Any]:
         return dict(nn.ModuleDict({"sources": self.sources, "terms": self.terms}).state_dict())

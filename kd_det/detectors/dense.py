@@ -1,16 +1,17 @@
 """Dense detectors of Detectron2: RetinaNet, and any other `DenseDetector`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.structures import Boxes
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_det.detectors.detector import Detector, Stage
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
 
-def backbone_presets(backbone: nn.Module, levels: Sequence[str]) -> dict[str, Tap]:
+def backbone_presets(backbone: Any, levels: Sequence[str]) -> dict[str, Tap]:
     """
     ``features``: the pyramid levels that the head reads; ``res2``...: the bottom-up stages.
 
@@ -20,7 +21,7 @@ def backbone_presets(backbone: nn.Module, levels: Sequence[str]) -> dict[str, Ta
     """
     top_block = getattr(backbone, "top_block", None)
     extra = getattr(top_block, "num_levels", 0)
-    names = list(backbone.output_shape())  # type: ignore[operator]  # Backbone.output_shape
+    names = list(backbone.output_shape())
     # An FPN lists its extra levels last; what they are made of decides if two of them compare.
     top = set(names[len(names) - extra :] if extra else [])
     made_by = f"{type(top_block).__name__}({getattr(top_block, 'in_feature', '')})"

@@ -50,7 +50,7 @@ class Detector:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model  # attributes are those of the meta-architecture
 
     def presets(self) -> dict[str, Tap]:
         """The named taps, ``features`` first."""

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -76,6 +76,11 @@ class ModelConfig:
     def _read(path: str) -> Any:
         if path.endswith(".py"):
             return LazyConfig.load(path)
+        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
+        # The config of a distilled model: what it trained is its student.
+        kd = loaded.pop("KD", None)
+        if kd is not None and loaded["MODEL"].get("META_ARCHITECTURE") == "Distiller":
+            loaded["MODEL"]["META_ARCHITECTURE"] = kd["STUDENT"]["META_ARCHITECTURE"]
         cfg = get_cfg()
-        cfg.merge_from_file(path)
+        cfg.merge_from_other_cfg(CfgNode(loaded))
         return cfg

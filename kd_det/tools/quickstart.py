@@ -1,0 +1,295 @@
+"""
+``python -m kd_det quickstart``: the main job on synthetic data, from nothing to a table.
+
+Four runs of one recipe (AdamW, warm-up, cosine): a teacher; the plain student; the distilled
+student, from the same initial weights, data order and config file but for ``KD``; and the plain
+student again, trained for the wall-clock of the distilled run, because distilling costs time that
+the plain student could have trained.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter, JSONWriter
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from tqdm import tqdm
+
+from kd_det.config import add_kd_config
+from kd_det.data.coco import register_coco
+from kd_det.data.synthetic import make_synthetic_coco
+from kd_det.engine import TrainerMixin, build_evaluator
+from kd_det.paths import CONFIGS
+from kd_det.tools.report import write_report
+
+DATASET = "kd_det_synthetic"
+RUNS = ("teacher", "student", "student_equal_time", "distilled")
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "quickstart",
+        help="train a teacher, a plain and a distilled student on synthetic data, and compare",
+        description="Generates a synthetic dataset, trains a teacher, the plain student and the "
+        "distilled student on it, evaluates each, and writes summary.json, .csv and .png. What is "
+        "there already is skipped, what was interrupted continues.",
+    )
+    parser.add_argument("--output", default="output/quickstart", metavar="DIR")
+    parser.add_argument("--seed", type=int, default=1, help="of data, weights and order (1)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail unless the teacher reaches 50 AP and the distilled student beats the plain one "
+        "by 5 AP at equal iterations and by 3 AP at equal wall-clock",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing and print the table."""
+    began = time.perf_counter()
+    output = Path(args.output)
+    data = output / f"data_seed{args.seed}"
+    make_synthetic_coco(data, seed=args.seed)
+    for split in ("train", "val"):
+        annotations = data / "annotations" / f"instances_{split}.json"
+        register_coco(f"{DATASET}_{split}", str(annotations), str(data / split))
+    with quiet(output / "log.txt"):
+        teacher = train("teacher", output, args.seed)
+        student = train("student", output, args.seed)
+        distilled = train("distilled", output, args.seed)
+        equal_time = train(
+            "student_equal_time",
+            output,
+            args.seed,
+            iterations=round(distilled["seconds"] / student["seconds_per_iteration"]),
+        )
+    results = dict(zip(RUNS, (teacher, student, equal_time, distilled), strict=True))
+    print(write_report(output, results))
+    print(f"\n{time.perf_counter() - began:.0f} s in all. Table, curves and pictures: {output}/")
+    if args.check:
+        check(results)
+
+
+def check(results: dict[str, dict[str, Any]]) -> None:
+    """
+    Hold a quickstart to its promise.
+
+    Raises:
+        ValueError: if the teacher is weak or the distilled student does not win clearly.
+    """
+    ap = {name: result["AP"] for name, result in results.items()}
+    gain, gain_in_time = (ap["distilled"] - ap[n] for n in ("student", "student_equal_time"))
+    if ap["teacher"] < 50 or gain < 5 or gain_in_time < 3:
+        raise ValueError(
+            "Expected a teacher of >= 50 AP and gains of >= 5 AP at equal iterations and >= 3 AP "
+            f"at equal wall-clock, but got {ap['teacher']:.1f}, {gain:.1f} and {gain_in_time:.1f}."
+        )
+
+
+def config_of(name: str, output: Path, seed: int, iterations: int | None = None) -> CfgNode:
+    """
+    The config of one run. Both students come from one file; ``KD.ENABLED`` makes the difference.
+
+    Args:
+        name: one of `RUNS`.
+        output: folder of the quickstart.
+        seed: of weights and data order.
+        iterations: replaces the length of the schedule.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.merge_from_file(
+        str(CONFIGS / "quickstart" / ("teacher.yaml" if name == "teacher" else "distilled.yaml"))
+    )
+    if name != "teacher":
+        weights = str((output / "teacher" / "model_final.pth").absolute())
+        cfg.merge_from_list(["KD.SOURCES.TEACHER.WEIGHTS", weights])
+        cfg.KD.ENABLED = name == "distilled"
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.OUTPUT_DIR = str(output / name)
+    cfg.SEED = seed
+    if iterations is not None:
+        cfg.SOLVER.MAX_ITER = iterations
+    cfg.TEST.EVAL_PERIOD = -(-cfg.SOLVER.MAX_ITER // 4)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 100
+    cfg.freeze()
+    return cfg
+
+
+def train(name: str, output: Path, seed: int, iterations: int | None = None) -> dict[str, Any]:
+    """
+    Train and evaluate one run; read its result when it is there, continue it when it was cut off.
+
+    Returns:
+        AP, AP50, AP75, AR, parameters, iterations, seconds, seconds_per_iteration. The seconds are
+        those of training steps: with data loading, without evaluation.
+
+    Raises:
+        ValueError: if the folder holds a run of another seed.
+    """
+    folder = output / name
+    result_file, seed_file = folder / "result.json", folder / "seed"
+    if seed_file.is_file() and int(seed_file.read_text()) != seed:
+        raise ValueError(
+            f"{folder} holds a run of seed {seed_file.read_text()}, but seed {seed} was asked for: "
+            "choose another --output, or delete the folder."
+        )
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    if (folder / "config.yaml").is_file():  # an interrupted run keeps the length it began with
+        begun = CfgNode.load_yaml_with_base(str(folder / "config.yaml"))
+        iterations = begun["SOLVER"]["MAX_ITER"]
+    cfg = config_of(name, output, seed, iterations)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_file.write_text(str(seed))
+    (folder / "config.yaml").write_text(cfg.dump())
+
+    seed_all_rng(seed)
+    trainer = _Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    found = trainer._last_eval_results["bbox"]
+    result = {
+        **{key: found[key] for key in ("AP", "AP50", "AP75")},
+        "AR": average_recall(cfg),
+        "parameters": sum(p.numel() for p in student_of(trainer.model).parameters()),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "seconds": trainer.clock.seconds,
+        "seconds_per_iteration": trainer.clock.seconds / cfg.SOLVER.MAX_ITER,
+    }
+    result_file.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
+    os.replace(result_file.with_suffix(".tmp"), result_file)
+    return result
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The detector that is evaluated: the model, or the student in a Distiller."""
+    student = getattr(model, "student", model)
+    assert isinstance(student, nn.Module)
+    return student
+
+
+def average_recall(cfg: CfgNode) -> float:
+    """AR at 100 detections per image in percent, from the predictions that COCOEvaluator wrote."""
+    truth = COCO(MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file)
+    predictions = Path(cfg.OUTPUT_DIR) / "inference" / "coco_instances_results.json"
+    if not json.loads(predictions.read_text()):
+        return 0.0
+    evaluation = COCOeval(truth, truth.loadRes(str(predictions)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * float(evaluation.stats[8])
+
+
+class _Trainer(TrainerMixin, DefaultTrainer):
+    """DefaultTrainer with AdamW, a clock and a progress bar."""
+
+    clock: "_Clock"
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        solver = cfg.SOLVER
+        parameters = get_default_optimizer_params(
+            model, base_lr=solver.BASE_LR, weight_decay_norm=solver.WEIGHT_DECAY_NORM
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(parameters, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    def build_hooks(self) -> list[HookBase]:
+        self.clock = _Clock()  # first: what the other hooks do after a step is not training
+        return [self.clock, *super().build_hooks(), _Progress(Path(self.cfg.OUTPUT_DIR).name)]
+
+    def build_writers(self) -> list[EventWriter]:
+        return [JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))]
+
+
+class _Clock(HookBase):
+    """Seconds spent in training steps, over all the processes that a run was cut into."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def before_step(self) -> None:
+        self._began = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.trainer.storage.put_scalar("train_seconds", self.seconds, smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+
+class _Progress(HookBase):
+    """One line with loss, last AP and ETA."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def before_train(self) -> None:
+        self._bar = tqdm(
+            total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=f"{self.name:18s}"
+        )
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        shown = {"loss": f"{latest['total_loss'][0]:.3f}"} if "total_loss" in latest else {}
+        if "bbox/AP" in latest:
+            shown["AP"] = f"{latest['bbox/AP'][0]:.1f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Send Detectron2's log and pycocotools' prints to a file; progress stays on the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        with open(log, "a") as f, contextlib.redirect_stdout(f), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,60 @@
+"""``python -m kd_det taps``: what a detector can be tapped at."""
+
+import argparse
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from kd_det.detectors import describe, probe
+from kd_det.sources.model_config import ModelConfig
+from kd_det.taps import Tap
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "taps",
+        help="list the taps of a detector with shapes, strides and calls",
+        description="Lists the presets of a detector, and with --all every module whose output can "
+        "be tapped, with channels, stride, and calls per forward. Reads no weights.",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML or LazyConfig .py")
+    parser.add_argument("--all", action="store_true", help="module paths too, not only presets")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table."""
+    print(tap_table(ModelConfig(args.config_file, what="taps").build("meta"), all_modules=args.all))
+
+
+def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
+    """
+    The taps of a detector as text, one line per level.
+
+    Args:
+        model: the detector, on any device; its meta copy is run once.
+        all_modules: also the modules that give feature maps.
+    """
+    detector = describe(model)
+    taps = list(detector.presets().values())
+    rows = []
+    if all_modules:
+        presets = {tap.path for tap in taps}
+        stages = tuple(prefix for prefix, _ in detector.stages())
+        taps += [
+            Tap(name, name)
+            for name, module in model.named_modules()
+            if name not in presets and name.startswith(stages) and not isinstance(module, nn.ReLU)
+        ]
+    for tap in taps:
+        try:
+            shapes = probe(model, [tap])[tap.name]
+        except (ValueError, RuntimeError):  # gives no maps, or is not called: cannot be tapped
+            continue
+        rows += [
+            [tap.name, s.level, s.channels, s.stride, s.calls, tap.kind, s.origin or "-"]
+            for s in shapes
+        ]
+    return tabulate(rows, headers=["tap", "level", "channels", "stride", "calls", "kind", "origin"])

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""
+Train, evaluate or inspect a distilled detector; Detectron2's own train_net.py with a ``KD`` node.
+
+    train_net.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x_cwd_R_101.yaml
+    train_net.py --config-file ... --resume
+    train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+    train_net.py --config-file ... --dry-run
+    train_net.py --config-file ... KD.ENABLED False         # the matched baseline
+    torchrun --nproc-per-node 2 train_net.py --config-file ...
+"""
+
+import argparse
+from typing import Any
+
+import kd_det  # first: it makes Detectron2 0.6 importable without compiled operators
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from kd_det.data.coco import check_datasets
+from kd_det.engine import Trainer, dry_run, launch
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of this run: file, overrides, no GPU if there is none; checked and frozen."""
+    cfg = get_cfg()
+    kd_det.add_kd_config(cfg)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    check_datasets(() if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> Any:
+    """One process of the run."""
+    cfg = setup(args)
+    if args.dry_run:
+        return dry_run(cfg)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments and ``--dry-run``."""
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, read the teacher, run one batch, print the plan, and exit",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    launch(main, arguments)
