@@ -168,7 +168,6 @@ class _KDMixin(CfgNode):
     def _decode_cfg_value(cls, value: Any) -> Any:
         return cls.plain_class._decode_cfg_value(value)
 
-
     def __reduce__(self) -> Any:
         # `_kd_class` of a user's class is no module's attribute, by which pickle finds classes.
         return _unpickle, (self.plain_class, dict(self), self.__dict__)
@@ -217,7 +216,7 @@ def merge_kd(kd: CfgNode, new: Mapping[str, Any], where: str = "KD") -> None:
                 _merge_item(result[key], name, item, _ITEMS[key], f"{full}.{name}")
         elif key == "DATASETS":
             for name, item in _node(value, full).items():
-                node = result[key].setdefault(name, CfgNode({k: "" for k in _DATASET}))
+                node = result[key].setdefault(name, CfgNode(dict.fromkeys(_DATASET, "")))
                 _merge_leaves(node, _node(item, f"{full}.{name}"), _DATASET, f"{full}.{name}")
         elif isinstance(kd[key], CfgNode):
             fields = {k: _field_of(v) for k, v in kd[key].items()}
@@ -242,8 +241,8 @@ def _merge_item(
     old = parent.get(name)
     if "TYPE" not in new and old is None:
         raise ValueError(
-            f"There is no {where}.{did_you_mean(name, parent)} A new {registry._name} needs a TYPE: "
-            f"{', '.join(sorted(k for k, _ in registry))}."
+            f"There is no {where}.{did_you_mean(name, parent)} A new {registry._name} needs a "
+            f"TYPE: {', '.join(sorted(k for k, _ in registry))}."
         )
     kind = new.get("TYPE", old.TYPE if old is not None else "")
     try:
@@ -253,7 +252,7 @@ def _merge_item(
     fields = fields_of(cls) if nested else {"ENABLED": _ENABLED, **fields_of(cls)}
     node = _defaults(kind, fields)
     if old is not None:
-        before = old if old.TYPE == kind else _changed(old, registry, nested)
+        before = old if kind == old.TYPE else _changed(old, registry, nested)
         for key in before:
             if key in node and key != "TYPE":
                 node[key] = before[key]

@@ -29,6 +29,8 @@ def find_file(path: str, relative_to: str = "") -> str | None:
         candidate = os.path.join(root, expanded)  # an absolute path wins over the root
         if os.path.isfile(candidate):
             return os.path.abspath(candidate)
+    if os.path.isabs(expanded) or os.pardir in expanded.split("/"):
+        return None  # pkg_resources, which the zoo asks, warns of such names
     try:
         return os.path.abspath(model_zoo.get_config_file(path))
     except RuntimeError:  # not in the zoo, or a Detectron2 that ships without its configs

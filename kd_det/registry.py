@@ -27,7 +27,7 @@ class PartRegistry(Registry):
         if name not in self:
             known = sorted(key for key, _ in self)
             raise KeyError(
-                f"There is no {self._name} called '{name}'.{did_you_mean(name, known)} "
+                f"There is no {self._name} called '{name}'.{did_you_mean(str(name), known)} "
                 f"Known: {', '.join(known)}. Your own is registered by importing its module first."
             )
         return super().get(name)
