@@ -52,8 +52,8 @@ class Tap:
                 shared over levels) gives one level per call.
 
         Raises:
-            ValueError: if there is something else than 4-D tensors, or another number of levels
-                than names.
+            ValueError: if there is something else than 4-D tensors, another number of levels than
+                names, or nothing under the key or a level's name.
         """
         picked = [self._pick(output) for output in calls]
         found = picked[0] if len(picked) == 1 else picked
@@ -61,10 +61,16 @@ class Tap:
             found = [found]
         if isinstance(found, Mapping):
             maps = dict(found)
+            if missing := [level for level in self.levels if level not in maps]:
+                raise ValueError(
+                    f"Tap '{self.name}' has the levels {', '.join(self.levels)}, but module "
+                    f"'{self.path}' returned no {', '.join(missing)}."
+                )
             if self.levels:
                 maps = {level: maps[level] for level in self.levels}
         else:
-            flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else [item])]
+            per_call = [x if isinstance(x, (list, tuple)) else [x] for x in found]
+            flat = [x for maps_of_call in per_call for x in maps_of_call]
             names = self.levels or tuple(str(i) for i in range(len(flat)))
             if len(names) != len(flat):
                 raise ValueError(
@@ -82,7 +88,15 @@ class Tap:
         return maps
 
     def _pick(self, output: Any) -> Any:
-        return output if self.key is None else output[self.key]
+        if self.key is None:
+            return output
+        try:
+            return output[self.key]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"Tap '{self.name}' takes element {self.key!r} of what module '{self.path}' "
+                f"returns, but that is a {type(output).__name__} without it."
+            ) from None
 
 
 class Recorder:

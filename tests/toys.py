@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -54,7 +55,9 @@ def toy_cfg(
         cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
         cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 3
         levels = 5
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16 * 2**i + j for j in range(sizes)] for i in range(levels)]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
+        [16 * 2**i + j for j in range(sizes)] for i in range(levels)
+    ]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(ratios)]
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
     cfg.INPUT.MIN_SIZE_TEST = 64
@@ -62,6 +65,24 @@ def toy_cfg(
     cfg.SOLVER.MAX_ITER = 100
     cfg.SOLVER.IMS_PER_BATCH = 2
     return cfg
+
+
+def toy_fcos(*, fpn: int = 8, classes: int = 3) -> nn.Module:
+    """An FCOS around the toy RetinaNet's backbone; Detectron2 has no YAML config of it."""
+    backbone = build_backbone(toy_cfg(fpn=fpn))
+    shapes = backbone.output_shape()
+    levels = ["p3", "p4", "p5", "p6", "p7"]
+    head = FCOSHead(
+        input_shape=[shapes[f] for f in levels], num_classes=classes, conv_dims=[fpn], norm=""
+    )
+    return FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=levels,
+        num_classes=classes,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[1.0, 1.0, 1.0],
+    )
 
 
 def save_teacher(folder: Path, *, seed: int = 1, **kwargs: Any) -> tuple[str, str]:
@@ -89,7 +110,9 @@ def randomize_norms(model: nn.Module) -> None:
             m.bias.data.normal_(0, 0.3)
 
 
-def distiller_cfg(teacher: tuple[str, str], terms: dict[str, Any] | None = None, **kwargs: Any) -> CfgNode:
+def distiller_cfg(
+    teacher: tuple[str, str], terms: dict[str, Any] | None = None, **kwargs: Any
+) -> CfgNode:
     """A toy student's config that distils from a toy teacher; CWD on features and logits."""
     cfg = toy_cfg(**kwargs)
     cfg.KD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
