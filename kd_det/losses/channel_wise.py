@@ -114,8 +114,8 @@ class _ChannelWiseKL(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         (grad,) = ctx.saved_tensors
-        # One element, not a scalar: a scalar would be rounded to the map's dtype first, and a loss
-        # scale of 65536 is infinite in float16.
+        # One element, not a scalar: a scalar would be rounded to the map's dtype first, and this
+        # one is 0 in float16 without a loss scale.
         factor = (grad_output * ctx.factor).reshape(1)
         return torch.mul(grad, factor, out=torch.empty_like(grad)), None, None, None, None
 

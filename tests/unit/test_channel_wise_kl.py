@@ -327,6 +327,12 @@ def test_float16_gradients_survive_a_large_map_and_a_loss_scale():
     assert error < 2e-3
 
 
+def test_float16_gradients_survive_without_a_loss_scale():
+    student = torch.tensor([0.0, 20.0]).half().expand(1, 4096, 1, 2).contiguous()
+    _, grad = value_and_grad(student, student.flip(-1))
+    assert_close(grad, (student / 10 - 1) / 4096)  # q - p is 1 and -1
+
+
 def test_float16_gradients_survive_weights_that_pick_few_channels():
     student, teacher = random_pair((1, 256, 32, 32), dtype=torch.float16)
     weight = torch.full((1, 256), 1e-3)
