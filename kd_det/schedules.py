@@ -83,7 +83,9 @@ class Constant(Schedule):
 class Warmup(Schedule):
     """Linear from 0 to 1 over the first ``warmup_iters`` iterations of the window, then 1."""
 
-    def __init__(self, *, warmup_iters: int = 1000, start_iter: int = 0, stop_iter: int = 0) -> None:
+    def __init__(
+        self, *, warmup_iters: int = 1000, start_iter: int = 0, stop_iter: int = 0
+    ) -> None:
         super().__init__(start_iter=start_iter, stop_iter=stop_iter)
         if warmup_iters < 1:
             raise ValueError(f"Warmup needs warmup_iters >= 1, but got {warmup_iters}.")

@@ -15,7 +15,7 @@ from kd_det.registry import DETECTORS
 from kd_det.taps import Recorder, Tap, find_module
 
 Stage = tuple[str, Callable[[Any], Any]]
-"""A top-level part of a detector: the module paths under it, and what runs it on the last result."""
+"""A top-level part of a detector: its module path, and what runs it on the last result."""
 
 
 @dataclass(frozen=True)

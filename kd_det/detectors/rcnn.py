@@ -18,9 +18,7 @@ class GeneralizedRCNN(Detector):
         shapes = backbone.output_shape()
         presets = backbone_presets(backbone, sorted(shapes, key=lambda f: shapes[f].stride))
         levels = tuple(self.model.proposal_generator.in_features)
-        made_by = dict(
-            zip(presets["features"].levels, presets["features"].origins, strict=True)
-        )
+        made_by = dict(zip(presets["features"].levels, presets["features"].origins, strict=True))
         origins = tuple(made_by[f] for f in levels)
         for key, (name, kind) in enumerate([("rpn_logits", "logits"), ("rpn_deltas", "deltas")]):
             presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind, origins)

@@ -41,7 +41,7 @@ class Source(nn.Module):
         return ()
 
     def wire(self, student: Mapping[str, list[TapShape]]) -> None:
-        """Build what depends on the student's shapes (by tap name); called once, before `shapes`."""
+        """Build what depends on the student's shapes, by tap name; called once, before `shapes`."""
 
     def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:
         """

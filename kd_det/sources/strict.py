@@ -79,7 +79,9 @@ def _require_all(model: nn.Module, incompatible: Any, path: str, what: str) -> N
     wanted = [k for k in model.state_dict() if not k.endswith(_TOLERATED_MISSING)]
     shapes = {key: (found, need) for key, found, need in incompatible.incorrect_shapes}
     missing = [
-        k for k in incompatible.missing_keys if not k.endswith(_TOLERATED_MISSING) and k not in shapes
+        k
+        for k in incompatible.missing_keys
+        if not k.endswith(_TOLERATED_MISSING) and k not in shapes
     ]
     extra = [
         k
@@ -99,7 +101,12 @@ def _require_all(model: nn.Module, incompatible: Any, path: str, what: str) -> N
     if shapes:
         lines.append(
             "Of another shape: "
-            + _some([f"{k} ({found} in the file, {need} in the model)" for k, (found, need) in shapes.items()])
+            + _some(
+                [
+                    f"{k} ({found} in the file, {need} in the model)"
+                    for k, (found, need) in shapes.items()
+                ]
+            )
             + "."
         )
     if extra:

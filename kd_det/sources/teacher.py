@@ -124,7 +124,9 @@ class Teacher(Source):
             folded, left = fold_batch_norm(model, keep=tapped)
             logger.info("Teacher: %d BatchNorm layers folded.", len(folded))
             if left:
-                logger.info("Teacher: not owned by one convolution, left alone: %s", ", ".join(left))
+                logger.info(
+                    "Teacher: not owned by one convolution, left alone: %s", ", ".join(left)
+                )
         _cast(model, _PRECISIONS[self.precision])
         self.hidden.hold(model)
 

@@ -100,20 +100,26 @@ class LevelwiseTerm(Term):
         meaningful = {pair.student.kind, pair.target.kind} != {"feature"}
         if meaningful and isinstance(recipe, Auto):
             recipe = Identity()
+        level = f"level {pair.student.level} of tap '{self.tap}'"
+        differ = pair.student.channels != pair.target.channels
+        if meaningful and differ and isinstance(recipe, Identity):
+            raise ValueError(
+                f"{level}: the student has {pair.student.channels} channels and the target "
+                f"{pair.target.channels}. They are anchors x classes (or coordinates), which no "
+                "connector can translate: teacher and student need the same anchors per cell and "
+                "the same classes here, or distil features (TAP: features)"
+            )
         try:
             return recipe(pair.student.channels, pair.target.channels)
         except ValueError as e:
-            hint = (
-                ". These channels are anchors x classes (or coordinates), which no connector can "
-                "translate: teacher and student need the same anchors per cell and the same "
-                "classes here, or distil features (TAP: features)"
-                if meaningful
-                else ""
-            )
-            raise ValueError(f"level {pair.student.level} of tap '{self.tap}': {e}{hint}") from None
+            raise ValueError(f"{level}: {e}") from None
 
     def forward(  # noqa: D102
-        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context, source: Source
+        self,
+        student: Mapping[str, Maps],
+        target: Mapping[str, Maps],
+        context: Context,
+        source: Source,
     ) -> dict[str, Tensor]:
         values = {}
         for pair in self.pairs:

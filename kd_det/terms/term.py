@@ -50,9 +50,7 @@ class Term(nn.Module):
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"{type(self).__name__} needs a finite weight >= 0, but got {weight}."
-            )
+            raise ValueError(f"{type(self).__name__} needs a finite weight >= 0, but got {weight}.")
         self.source = source
         self.weight = float(weight)
         self.schedule = schedule
@@ -84,7 +82,11 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context, source: Source
+        self,
+        student: Mapping[str, Maps],
+        target: Mapping[str, Maps],
+        context: Context,
+        source: Source,
     ) -> dict[str, Tensor]:
         """
         The unweighted value of every level, a scalar attached to the student's graph.
