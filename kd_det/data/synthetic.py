@@ -41,7 +41,7 @@ _SPLITS = {"train": 0, "val": 1}
 
 _SUPERSAMPLING = 3
 _MIN_VISIBLE_FRACTION = 0.6
-_MIN_VISIBLE_AREA = 30.0  # pixels of the final image
+_MIN_VISIBLE_AREA = 30.0  # square pixels, in an image of 96 x 96
 
 Points = NDArray[np.float64]
 
@@ -70,10 +70,10 @@ def make_synthetic_coco(
     root: str | Path,
     *,
     seed: int = 0,
-    num_train: int = 2000,
-    num_val: int = 300,
-    image_size: int = 96,
-    max_objects: int = 5,
+    num_train: int = 3000,
+    num_val: int = 200,
+    image_size: int = 64,
+    max_objects: int = 4,
 ) -> None:
     """Write the dataset to a folder, or do nothing when the same dataset is already there.
 
@@ -207,7 +207,7 @@ def _write_split(
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def draw_scene(rng: np.random.Generator, *, image_size: int = 96, max_objects: int = 5) -> Scene:
+def draw_scene(rng: np.random.Generator, *, image_size: int = 64, max_objects: int = 4) -> Scene:
     """Draw one image.
 
     Args:
@@ -245,7 +245,7 @@ def draw_scene(rng: np.random.Generator, *, image_size: int = 96, max_objects: i
             break
         label = int(rng.integers(len(CLASSES)))
         # Log-uniform radius: as many small shapes as large ones.
-        radius = size * math.exp(rng.uniform(math.log(0.11), math.log(0.25)))
+        radius = size * math.exp(rng.uniform(math.log(0.15), math.log(0.30)))
         centre = rng.uniform(0.75 * radius, size - 0.75 * radius, 2)
         mask = _shape_mask(rng, CLASSES[label], centre, radius, size)
         drawn_areas.append(int(mask.sum()))
