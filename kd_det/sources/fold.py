@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any, TypeGuard
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -61,7 +62,7 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[st
     return folded, left
 
 
-def _is_foldable(norm: object) -> bool:
+def _is_foldable(norm: Any) -> TypeGuard[nn.Module]:
     # Without running statistics a BatchNorm normalises by the batch, in eval mode too.
     return isinstance(norm, _FOLDABLE) and norm.running_mean is not None
 

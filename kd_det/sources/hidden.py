@@ -16,6 +16,8 @@ class Hidden(nn.Module):
     A module that comes later (`hold`) is brought to where the owner has been moved meanwhile.
     """
 
+    _place: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_box"] = _Box()
