@@ -45,4 +45,4 @@ type: setup  ## mypy on the package
 	$(PY) -m mypy
 
 quickstart: setup  ## the whole comparison on synthetic data: teacher, student, distilled student
-	$(PY) -m kd_det quickstart
+	$(PY) -W ignore -m kd_det quickstart $(ARGS)

@@ -2,11 +2,6 @@
 
 import argparse
 import sys
-import warnings
-
-# Detectron2 0.6 meets a newer PyTorch: deprecations that a user can do nothing about.
-warnings.filterwarnings("ignore", category=FutureWarning)
-warnings.filterwarnings("ignore", category=UserWarning)
 
 from kd_det.tools import quickstart, taps
 

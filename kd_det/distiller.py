@@ -147,17 +147,22 @@ class Distiller(KDStateMixin, nn.Module):
 
     def _total(self, name: str, weight: float, values: dict[str, Tensor] | None) -> Tensor:
         """
-        weight * sum_l value_l; an idle term still touches its parameters and those of its source,
+        Weight * sum_l value_l; an idle term still touches its parameters and those of its source,
         or DDP would stall.
         """
         term = self.wiring.terms[name]
         if values is not None:
-            return weight * torch.stack(
-                [term.level_weight(level) * value for level, value in values.items()]
-            ).sum()
+            return (
+                weight
+                * torch.stack(
+                    [term.level_weight(level) * value for level, value in values.items()]
+                ).sum()
+            )
         device = next(self.student.parameters()).device
         zero = torch.zeros((), device=device)
-        idle = chain(term.parameters(), self.wiring.sources[self.wiring.source_of[name]].parameters())
+        idle = chain(
+            term.parameters(), self.wiring.sources[self.wiring.source_of[name]].parameters()
+        )
         return zero + sum(0 * p.sum() for p in idle if p.requires_grad)
 
     def prepare(self) -> None:

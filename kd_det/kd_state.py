@@ -75,11 +75,13 @@ class KDStateMixin(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Reached when a wrapper is loaded: the student is loaded here, under the wrapper's names."""
+        """Reached when a wrapper is loaded: loads the student, under the wrapper's names."""
         self._restore(local_metadata.get("kd"))
         own = OrderedDict(
             (key[len(prefix) :], x) for key, x in state_dict.items() if key.startswith(prefix)
         )
+        for key in own:  # or a name under student. would be loaded a second time, as a child's
+            del state_dict[prefix + key]
         found = self.student.load_state_dict(
             own, strict=False, assign=local_metadata.get("assign_to_params_buffers", False)
         )
@@ -190,14 +192,16 @@ class KDStateMixin(nn.Module):
 
 
 class KDState:
-    """The kd state as a checkpointable: ``checkpointer.add_checkpointable("kd", KDState(model))``."""
+    """The kd state as a checkpointable: ``checkpointer.add_checkpointable("kd", KDState(m))``."""
 
     def __init__(self, distiller: KDStateMixin) -> None:
         distiller.kd_in_metadata = False
         self.distiller = distiller
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
+        """See `KDStateMixin.kd_state_dict`."""
         return self.distiller.kd_state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `KDStateMixin.load_kd_state_dict`."""
         self.distiller.load_kd_state_dict(state)

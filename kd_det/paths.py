@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from detectron2 import model_zoo
-
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """kd_det's own configs, beside the package."""
 
@@ -31,6 +29,8 @@ def find_file(path: str, relative_to: str = "") -> str | None:
             return os.path.abspath(candidate)
     if os.path.isabs(expanded) or os.pardir in expanded.split("/"):
         return None  # pkg_resources, which the zoo asks, warns of such names
+    from detectron2 import model_zoo  # late: it imports pkg_resources, which warns
+
     try:
         return os.path.abspath(model_zoo.get_config_file(path))
     except RuntimeError:  # not in the zoo, or a Detectron2 that ships without its configs

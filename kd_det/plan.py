@@ -14,7 +14,7 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
     """
     One line per term and level: what is compared with what, how, and what it costs.
 
-    ``MiB`` is what the line adds to the peak of a training step: the target's map, the connector's
+    ``MiB`` is what the line holds at the end of the forward: the target's map, the connector's
     output, and the gradient that the loss saves. Weights of frozen sources come in a line of
     their own.
 
@@ -52,7 +52,7 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
 
 
 def row_bytes(channels: int, stride: int, canvas: tuple[int, int, int], connected: bool) -> int:
-    """Bytes of float32 that one level of a term adds to the peak, see `plan_table`."""
+    """Bytes of float32 that one level of a term holds, see `plan_table`."""
     n, h, w = canvas
     one = 4 * n * channels * -(-h // stride) * -(-w // stride)
     return one * (3 if connected else 2)

@@ -89,7 +89,7 @@ def wire(
         source_of=source_of,
     )
     wiring.all_source_taps = {
-        **{name: () for name in wiring.sources},
+        **dict.fromkeys(wiring.sources, ()),
         **wiring.source_taps(kept),
     }
     detector = describe(student)
@@ -101,9 +101,7 @@ def wire(
             with _named(f"Source '{name}'"):
                 wiring.taps.update({tap: detector.tap(tap) for tap in source.student_taps()})
         seen = probe(student, wiring.taps.values()) if wiring.taps else {}
-        wiring.expected_calls = {
-            tap.path: seen[name][0].calls for name, tap in wiring.taps.items()
-        }
+        wiring.expected_calls = {tap.path: seen[name][0].calls for name, tap in wiring.taps.items()}
         try:
             shapes = {}
             for name, source in wiring.sources.items():

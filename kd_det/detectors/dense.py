@@ -6,7 +6,7 @@ from typing import Any
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from kd_det.detectors.detector import Detector, Stage
+from kd_det.detectors.detector import Depth, Detector
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -24,13 +24,22 @@ def backbone_presets(backbone: Any, levels: Sequence[str]) -> dict[str, Tap]:
     names = list(backbone.output_shape())
     # An FPN lists its extra levels last; what they are made of decides if two of them compare.
     top = set(names[len(names) - extra :] if extra else [])
-    made_by = f"{type(top_block).__name__}({getattr(top_block, 'in_feature', '')})"
+    # A top block works on the last map of the pyramid (p5) or of the bottom-up network.
+    below = "pyramid" if str(getattr(top_block, "in_feature", "")).startswith("p") else "bottom-up"
+    made_by = f"{type(top_block).__name__} on {below}"
     origins = tuple(made_by if level in top else "" for level in levels)
     presets = {"features": Tap("features", "backbone", levels=tuple(levels), origins=origins)}
     bottom_up = getattr(backbone, "bottom_up", None)
     for stage in bottom_up.output_shape() if bottom_up is not None else ():
         presets[stage] = Tap(stage, "backbone.bottom_up", key=stage, levels=(stage,))
     return presets
+
+
+def backbone_depths(backbone: Any) -> list[Depth]:
+    """The bottom-up network alone, which spares a tap on ``res4`` the pyramid, and all of it."""
+    bottom_up = getattr(backbone, "bottom_up", None)
+    alone = [] if bottom_up is None else [("backbone.bottom_up", bottom_up)]
+    return [*alone, ("backbone", backbone)]
 
 
 @DETECTORS.register()
@@ -40,18 +49,18 @@ class DenseDetector(Detector):
     def presets(self) -> dict[str, Tap]:  # noqa: D102
         levels = tuple(self.model.head_in_features)
         presets = backbone_presets(self.model.backbone, levels)
-        origins = presets["features"].origins
         for key, (name, kind) in enumerate([("cls_logits", "logits"), ("box_deltas", "deltas")]):
-            # The head, not its last convolution: that one is called once per level.
-            presets[name] = Tap(name, "head", key, levels, kind, origins)
+            # The head, not its last convolution: that one is called once per level. What a logit
+            # means does not depend on what made its level: no origins.
+            presets[name] = Tap(name, "head", key, levels, kind)
         return presets
 
-    def stages(self) -> list[Stage]:  # noqa: D102
-        model = self.model
-        return [
-            ("backbone", model.backbone),
-            ("head", lambda maps: model.head([maps[f] for f in model.head_in_features])),
-        ]
+    def depths(self) -> list[Depth]:  # noqa: D102
+        def head(image_tensor: Tensor) -> Any:
+            maps = self.model.backbone(image_tensor)
+            return self.model.head([maps[f] for f in self.model.head_in_features])
+
+        return [*backbone_depths(self.model.backbone), ("head", head)]
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102
         return self.model.anchor_generator(features)

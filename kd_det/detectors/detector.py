@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kd_det.registry import DETECTORS
 from kd_det.taps import Recorder, Tap, find_module
 
-Stage = tuple[str, Callable[[Any], Any]]
-"""A top-level part of a detector: its module path, and what runs it on the last result."""
+Depth = tuple[str, Callable[[Tensor], Any]]
+"""A module path, and the forward from the image tensor that reaches everything under it."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Detector:
         """The named taps, ``features`` first."""
         raise NotImplementedError
 
-    def stages(self) -> list[Stage]:
+    def depths(self) -> list[Depth]:
         """
-        The parts of a forward from the image tensor to the raw outputs, in order. Never target
-        assignment, losses, decoding or NMS.
+        How deep a forward can go, from shallow to deep: each entry runs everything up to the
+        modules under its path. Never target assignment, losses, decoding or NMS.
         """
         raise NotImplementedError
 
@@ -90,29 +90,29 @@ class Detector:
 
     def run(self, image_tensor: Tensor, taps: Iterable[Tap]) -> None:
         """
-        Run the stages up to the last one that holds a tapped module, and no further.
+        Run the detector as deep as the taps need, and no deeper.
 
         Args:
             image_tensor: ``(N, 3, H, W)``, normalised and padded by the model itself.
             taps: what a surrounding Recorder wants to see.
 
         Raises:
-            ValueError: if a tap lies in no stage (in a ROI head, say).
+            ValueError: if a tap lies deeper than that (in a ROI head, say).
         """
-        stages = self.stages()
-        last = -1
+        depths = self.depths()
+        deepest = -1
         for tap in taps:
-            inside = [i for i, (prefix, _) in enumerate(stages) if _is_under(tap.path, prefix)]
-            if not inside:
+            reached = [i for i, (prefix, _) in enumerate(depths) if _is_under(tap.path, prefix)]
+            if not reached:
                 raise ValueError(
                     f"Tap '{tap.name}' (module '{tap.path}') of {type(self.model).__name__} lies "
-                    f"outside of {', '.join(prefix for prefix, _ in stages)}, the parts that a "
+                    f"outside of {', '.join(prefix for prefix, _ in depths)}, the parts that a "
                     "source runs."
                 )
-            last = max(last, inside[0])
-        x: Any = image_tensor
-        for _, stage in stages[: last + 1]:
-            x = stage(x)
+            deepest = max(deepest, reached[0])
+        if deepest >= 0:
+            _, forward = depths[deepest]
+            forward(image_tensor)
 
 
 def _is_under(path: str, prefix: str) -> bool:

@@ -1,10 +1,12 @@
 """`GeneralizedRCNN` (Faster, Mask, Cascade R-CNN) up to its region proposal network's head."""
 
+from typing import Any
+
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from kd_det.detectors.dense import backbone_presets
-from kd_det.detectors.detector import Detector, Stage
+from kd_det.detectors.dense import backbone_depths, backbone_presets
+from kd_det.detectors.detector import Depth, Detector
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -18,17 +20,19 @@ class GeneralizedRCNN(Detector):
         shapes = backbone.output_shape()
         presets = backbone_presets(backbone, sorted(shapes, key=lambda f: shapes[f].stride))
         levels = tuple(self.model.proposal_generator.in_features)
-        made_by = dict(zip(presets["features"].levels, presets["features"].origins, strict=True))
-        origins = tuple(made_by[f] for f in levels)
         for key, (name, kind) in enumerate([("rpn_logits", "logits"), ("rpn_deltas", "deltas")]):
-            presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind, origins)
+            presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind)
         return presets
 
-    def stages(self) -> list[Stage]:  # noqa: D102
-        rpn = self.model.proposal_generator
+    def depths(self) -> list[Depth]:  # noqa: D102
+        def rpn_head(image_tensor: Tensor) -> Any:
+            maps = self.model.backbone(image_tensor)
+            rpn = self.model.proposal_generator
+            return rpn.rpn_head([maps[f] for f in rpn.in_features])
+
         return [
-            ("backbone", self.model.backbone),
-            ("proposal_generator", lambda maps: rpn.rpn_head([maps[f] for f in rpn.in_features])),
+            *backbone_depths(self.model.backbone),
+            ("proposal_generator.rpn_head", rpn_head),
         ]
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102

@@ -53,7 +53,9 @@ def dry_run(cfg: CfgNode) -> str:
     return _report([plan_table(model, (n, h, w))], losses, peak, plain_peak)
 
 
-def measure_step(model: torch.nn.Module, batch: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
+def measure_step(
+    model: torch.nn.Module, batch: list[dict[str, Any]]
+) -> tuple[dict[str, float], int]:
     """
     One forward and backward without an update.
 
@@ -95,7 +97,9 @@ class StoragePeak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then look at what it returned."""
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
@@ -107,10 +111,12 @@ class StoragePeak(TorchDispatchMode):
         return result
 
 
-def _report(
-    lines: list[str], losses: dict[str, float], peak: int, plain_peak: int | None
-) -> str:
-    lines = [*lines, "", "losses of one batch: " + ", ".join(f"{k} {v:.4g}" for k, v in losses.items())]
+def _report(lines: list[str], losses: dict[str, float], peak: int, plain_peak: int | None) -> str:
+    lines = [
+        *lines,
+        "",
+        "losses of one batch: " + ", ".join(f"{k} {v:.4g}" for k, v in losses.items()),
+    ]
     text = f"peak memory of the step: {peak / _MIB:.4g} MiB"
     if plain_peak is not None:
         text += f", of the plain student's step: {plain_peak / _MIB:.4g} MiB"

@@ -20,7 +20,7 @@ class Hidden(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_box"] = _Box()
+        self.__dict__["_box"] = Shared(None)
         # Moves with the owner and remembers where to; empty, and in no state_dict.
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
@@ -43,11 +43,11 @@ class Hidden(nn.Module):
         return self
 
 
-class _Box:
-    """A reference that deepcopy shares."""
+class Shared:
+    """A reference to a module that no module tree shows and that deepcopy shares."""
 
-    def __init__(self) -> None:
-        self.module: nn.Module | None = None
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Box":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

@@ -55,8 +55,10 @@ class ModelConfig:
     def weights(self) -> str:
         """The checkpoint that the config itself names."""
         if self._is_lazy:
-            return str((self._cfg.get("train") or {}).get("init_checkpoint") or "")
-        return str(self._cfg.MODEL.WEIGHTS)
+            weights = str((self._cfg.get("train") or {}).get("init_checkpoint") or "")
+        else:
+            weights = str(self._cfg.MODEL.WEIGHTS)
+        return find_file(weights, os.path.dirname(self.path)) or weights if weights else ""
 
     def build(self, device: torch.device | str) -> nn.Module:
         """Build the architecture with fresh weights; on ``"meta"`` without storage."""

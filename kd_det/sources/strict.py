@@ -13,7 +13,12 @@ from kd_det.sources.source import SourceUnavailable
 
 _TOLERATED_MISSING = ("num_batches_tracked",)
 # Older checkpoints carry buffers that are computed from the config today.
-_TOLERATED_EXTRA = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std")
+_TOLERATED_EXTRA = (
+    "anchor_generator.cell_anchors",
+    "pixel_mean",
+    "pixel_std",
+    "num_batches_tracked",  # a BatchNorm's counter, where the model freezes it
+)
 
 
 def load_strictly(model: nn.Module, path: str, *, what: str) -> str:

@@ -13,7 +13,7 @@ from kd_det.detectors import TapShape, describe, probe
 from kd_det.registry import SOURCES
 from kd_det.rng import preserved_rng
 from kd_det.sources.fold import fold_batch_norm
-from kd_det.sources.hidden import Hidden
+from kd_det.sources.hidden import Hidden, Shared
 from kd_det.sources.model_config import ModelConfig
 from kd_det.sources.source import Source, Targets
 from kd_det.sources.strict import load_strictly
@@ -83,29 +83,25 @@ class Teacher(Source):
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
         self.hidden = Hidden()
-        self._given = None
         self._input_format = input_format
         self._fingerprint = ""
         self._expected_calls: dict[str, int] = {}
-        if model is not None:
-            # Kept out of the module tree, and shared by deepcopies, as everything of a teacher is.
-            self._given = Hidden()
-            self._given.hold(model)
+        # Out of the module tree, shared by deepcopies, and never changed: a copy of it is held.
+        self._given = Shared(model)
 
     @property
     def input_format(self) -> str:
         """Channel order that the teacher wants."""
         if self._input_format:
             return self._input_format
-        if self._given is not None:
-            return str(getattr(self._given.held, "input_format", "BGR"))
+        if self._given.module is not None:
+            return str(getattr(self._given.module, "input_format", "BGR"))
         return self._config().input_format
 
     def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102
         if not taps:
             return {}
-        given = None if self._given is None else self._given.held
-        architecture = given or self._config().build("meta")
+        architecture = self._given.module or self._config().build("meta")
         detector = describe(architecture)
         resolved = [detector.tap(name) for name in taps]
         shapes = probe(architecture, resolved)
@@ -172,9 +168,8 @@ class Teacher(Source):
         return self._fingerprint
 
     def _load(self) -> tuple[nn.Module, str]:
-        if self._given is not None:
-            model = self._given.held
-            assert model is not None
+        if self._given.module is not None:
+            model = self._given.module
             return copy.deepcopy(model), _tensor_fingerprint(model)
         config = self._config()
         weights = self.weights or config.weights

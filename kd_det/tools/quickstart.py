@@ -24,7 +24,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, JSONWriter
 from pycocotools.coco import COCO
@@ -212,8 +211,7 @@ class _Trainer(TrainerMixin, DefaultTrainer):
         parameters = get_default_optimizer_params(
             model, base_lr=solver.BASE_LR, weight_decay_norm=solver.WEIGHT_DECAY_NORM
         )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(parameters, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        return _ClippedAdamW(parameters, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
@@ -229,6 +227,17 @@ class _Trainer(TrainerMixin, DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         return [JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))]
+
+
+class _ClippedAdamW(torch.optim.AdamW):
+    """AdamW behind a bound on the gradient's norm over the whole model."""
+
+    max_norm = 1.0
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        return super().step(closure)
 
 
 class _Clock(HookBase):

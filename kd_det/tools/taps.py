@@ -19,7 +19,9 @@ def add_parser(commands: Any) -> None:
         description="Lists the presets of a detector, and with --all every module whose output can "
         "be tapped, with channels, stride, and calls per forward. Reads no weights.",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML or LazyConfig .py")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML or LazyConfig .py"
+    )
     parser.add_argument("--all", action="store_true", help="module paths too, not only presets")
     parser.set_defaults(run=run)
 
@@ -42,11 +44,11 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
     rows = []
     if all_modules:
         presets = {tap.path for tap in taps}
-        stages = tuple(prefix for prefix, _ in detector.stages())
+        reached = tuple(prefix for prefix, _ in detector.depths())
         taps += [
             Tap(name, name)
             for name, module in model.named_modules()
-            if name not in presets and name.startswith(stages) and not isinstance(module, nn.ReLU)
+            if name not in presets and name.startswith(reached) and not isinstance(module, nn.ReLU)
         ]
     for tap in taps:
         try:

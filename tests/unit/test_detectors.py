@@ -98,9 +98,9 @@ def test_extra_levels_name_what_made_them(arch, model):
     features = describe(model).presets()["features"]
     origins = dict(zip(features.levels, features.origins, strict=True))
     if arch == "GeneralizedRCNN":
-        assert origins["p6"] == "LastLevelMaxPool(p5)"
+        assert origins["p6"] == "LastLevelMaxPool on pyramid"
     else:
-        assert origins["p6"] == origins["p7"] == "LastLevelP6P7(res5)"
+        assert origins["p6"] == origins["p7"] == "LastLevelP6P7 on bottom-up"
     assert {origins[level] for level in ("p3", "p4", "p5")} == {""}
 
 
@@ -163,16 +163,30 @@ def head_of(model):
     return getattr(model, "head", None) or model.proposal_generator.rpn_head
 
 
-@pytest.mark.parametrize("name", ["features", "res4", "backbone.fpn_output4"])
-def test_a_run_stops_before_the_head_when_no_tap_is_in_it(model, name):
+@pytest.mark.parametrize(
+    ("names", "pyramids"),
+    [
+        (["features"], 1),
+        (["backbone.fpn_output4"], 1),
+        (["res4", "features"], 1),
+        (["res4"], 0),  # the bottom-up network alone
+    ],
+)
+def test_a_run_goes_no_deeper_than_its_taps(model, names, pyramids):
     model = copy.deepcopy(model).eval()
     detector = describe(model)
-    tap = detector.tap(name)
+    taps = [detector.tap(name) for name in names]
     heads, backbones = calls_of(head_of(model)), calls_of(model.backbone)
-    with Recorder(model, [tap]) as recorder:
-        detector.run(torch.rand(1, 3, 128, 128), [tap])
-    assert (len(backbones), len(heads)) == (1, 0)
-    assert recorder.maps(tap)
+    bottom_up = calls_of(model.backbone.bottom_up)
+    with Recorder(model, taps) as recorder:
+        detector.run(torch.rand(1, 3, 128, 128), taps)
+    assert (len(bottom_up), len(backbones), len(heads)) == (1, pyramids, 0)
+    assert all(recorder.maps(tap) for tap in taps)
+
+
+def test_levels_of_logits_have_no_origin(model):
+    for name, tap in describe(model).presets().items():
+        assert not tap.origins or name == "features"
 
 
 def test_a_run_goes_to_the_head_once_and_not_into_anchors_losses_or_nms(model):
@@ -205,16 +219,16 @@ def test_a_run_gives_what_the_model_itself_computes(model):
         torch.testing.assert_close(x, features[level], atol=0, rtol=0)
 
 
-def test_a_tap_beyond_the_stages_is_an_error():
+def test_a_tap_beyond_the_head_is_an_error():
     model = BUILDERS["GeneralizedRCNN"]()
     tap = describe(model).tap("roi_heads.box_head")
     with pytest.raises(
-        ValueError, match=r"'roi_heads.box_head'.*outside of backbone, proposal_gen"
+        ValueError, match=r"'roi_heads.box_head'.*outside of backbone.bottom_up, backbone, prop"
     ):
         probe(model, [tap])
 
 
-def test_a_module_with_a_stages_name_as_prefix_is_not_in_it():
+def test_a_module_with_the_heads_name_as_prefix_is_not_in_it():
     model = BUILDERS["RetinaNet"]()
     model.header = nn.Identity()
     with pytest.raises(ValueError, match="outside of"):

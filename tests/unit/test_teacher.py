@@ -574,7 +574,7 @@ def test_the_fingerprint_is_that_of_the_weights(files, tmp_path):
         teacher.prepare(TAPS)
     assert loaded[0].fingerprint() == loaded[1].fingerprint() != ""
     with torch.no_grad():
-        loaded[1]._given.held.head.cls_score.bias.add_(1)
+        loaded[1]._given.module.head.cls_score.bias.add_(1)
     loaded[1].release()
     loaded[1].prepare(TAPS)
     assert loaded[0].fingerprint() != loaded[1].fingerprint()
@@ -617,3 +617,15 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, text):
 def test_an_unknown_tap_of_the_teacher_is_an_error(files):
     with pytest.raises(KeyError, match="Presets"):
         Teacher(config_file=files[0]).shapes(("featurs",))
+
+
+def test_a_given_model_is_left_as_it_is():
+    model = build_model(toys.toy_cfg()).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    teacher = Teacher(model=model)
+    teacher.shapes(("features",))
+    teacher.prepare(("features",))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not teacher.hidden.held.training

@@ -1,0 +1,115 @@
+"""The commands behind ``python -m kd_det``, and the table and picture of the quickstart."""
+
+import csv
+import json
+
+import pytest
+from detectron2.modeling import build_model
+
+from kd_det.__main__ import main
+from kd_det.tools.quickstart import RUNS, check, config_of
+from kd_det.tools.report import write_report
+from kd_det.tools.taps import tap_table
+from tests.toys import save_teacher, toy_cfg
+
+
+def test_taps_lists_presets_with_channels_strides_and_calls(tmp_path, capsys):
+    config, _ = save_teacher(tmp_path)
+    assert main(["taps", "--config-file", config]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["features", "p3", "8", "8", "1", "feature", "-"] in lines
+    assert ["cls_logits", "p7", "3", "128", "1", "logits", "-"] in lines
+    assert ["p7", "8", "128", "1", "feature", "LastLevelP6P7", "on", "bottom-up"] in [x[1:] for x in lines]
+    assert ["res4", "res4", "16", "16", "1", "feature", "-"] in lines
+
+
+def test_taps_lists_module_paths_and_the_calls_of_shared_ones():
+    table = tap_table(build_model(toy_cfg()), all_modules=True)
+    lines = [line.split() for line in table.splitlines()]
+    # The tower is called once per level: five maps, one per call.
+    assert [line[1:5] for line in lines if line[0] == "head.cls_subnet"] == [
+        [str(i), "8", str(8 * 2**i), "5"] for i in range(5)
+    ]
+
+
+def test_bad_input_ends_in_a_sentence(capsys):
+    assert main(["taps", "--config-file", "no/such.yaml"]) == 2
+    assert "there is no config file 'no/such.yaml'" in capsys.readouterr().err
+
+
+def test_both_students_share_one_config_but_for_kd(tmp_path):
+    plain = config_of("student", tmp_path, seed=1)
+    distilled = config_of("distilled", tmp_path, seed=1)
+    assert distilled.KD.ENABLED
+    assert not plain.KD.ENABLED
+    for cfg in (plain, distilled):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = ""
+        del cfg["KD"]
+    assert plain == distilled
+
+
+RESULT = {
+    "AP": 10.0,
+    "AP50": 20.0,
+    "AP75": 8.0,
+    "AR": 30.0,
+    "parameters": 1000,
+    "iterations": 100,
+    "seconds": 12.0,
+    "seconds_per_iteration": 0.12,
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "plain", "equal_time", "distilled", "holds"),
+    [
+        (50, 10, 12, 15, True),
+        (49.9, 10, 12, 15, False),
+        (50, 10.1, 12, 15, False),
+        (50, 10, 12.1, 15, False),
+    ],
+)
+def test_check_holds_the_quickstart_to_its_promise(teacher, plain, equal_time, distilled, holds):
+    found = dict(zip(RUNS, (teacher, plain, equal_time, distilled), strict=True))
+    results = {name: {**RESULT, "AP": ap} for name, ap in found.items()}
+    if holds:
+        check(results)
+    else:
+        with pytest.raises(ValueError, match="Expected a teacher of >= 50 AP"):
+            check(results)
+
+
+def test_report_writes_table_csv_json_and_picture(tmp_path):
+    image = {"id": 1, "file_name": "a.png", "width": 8, "height": 8}
+    truth = {
+        "images": [image] * 4,
+        "annotations": [{"image_id": 1, "bbox": [1, 1, 4, 4], "category_id": 1}],
+        "categories": [{"id": 1, "name": "circle"}],
+    }
+    data = tmp_path / "data_seed1"
+    (data / "annotations").mkdir(parents=True)
+    (data / "annotations" / "instances_val.json").write_text(json.dumps(truth))
+    (data / "val").mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(data / "val" / "a.png")
+    for name in RUNS:
+        (tmp_path / name / "inference").mkdir(parents=True)
+        rows = [
+            {"iteration": 19, "loss_cls": 1.0, "loss_box_reg": 0.5, "train_seconds": 2.0},
+            {"iteration": 19, "bbox/AP": 5.0},
+        ]
+        (tmp_path / name / "metrics.json").write_text("\n".join(json.dumps(r) for r in rows))
+        found = [{"image_id": 1, "bbox": [1, 1, 4, 4], "category_id": 1, "score": 0.9}]
+        (tmp_path / name / "inference" / "coco_instances_results.json").write_text(
+            json.dumps(found)
+        )
+    results = {name: dict(RESULT) for name in RUNS}
+    table = write_report(tmp_path, results)
+    assert json.loads((tmp_path / "summary.json").read_text()) == results
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["run"] for row in rows] == list(RUNS)
+    assert float(rows[0]["AP"]) == 10.0
+    assert all(name in table for name in RUNS)
+    assert Image.open(tmp_path / "summary.png").size[0] > 500
