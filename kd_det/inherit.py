@@ -49,9 +49,9 @@ class Inherit:
         fits = [n for n in wanted if n in theirs and theirs[n].shape == ours[n].shape]
         if not fits:
             raise ValueError(
-                f"The student inherits nothing from '{self.source}': of {len(wanted)} entries under "
-                f"{', '.join(self.modules)} none has a partner of the same name and shape. Change "
-                "INIT_MODULES, or leave INIT_FROM empty."
+                f"The student inherits nothing from '{self.source}': of {len(wanted)} entries "
+                f"under {', '.join(self.modules)} none has a partner of the same name and shape. "
+                "Change INIT_MODULES, or leave INIT_FROM empty."
             )
         for name in fits:
             ours[name].copy_(theirs[name])

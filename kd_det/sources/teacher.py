@@ -48,6 +48,7 @@ class Teacher(Source):
             ``"bfloat16"``. It is run outside of autocast, which would cast frozen weights anew at
             every call.
         fold_batch_norm: fold BatchNorm into the convolutions (same maps up to rounding).
+        channels_last: run its convolutions in that memory format (same maps up to rounding).
         model: an already loaded detector, instead of ``config_file`` and ``weights``.
 
     Raises:
@@ -63,6 +64,7 @@ class Teacher(Source):
         input_format: str = "",
         precision: str = "float32",
         fold_batch_norm: bool = True,
+        channels_last: bool = True,
         model: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -82,6 +84,7 @@ class Teacher(Source):
         self.weights = weights
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.hidden = Hidden()
         self._input_format = input_format
         self._fingerprint = ""
@@ -124,7 +127,7 @@ class Teacher(Source):
                     "Teacher: not owned by one convolution, left alone: %s", ", ".join(left)
                 )
         _cast(model, _PRECISIONS[self.precision])
-        self.hidden.hold(model)
+        self.hidden.hold(model.to(memory_format=self.memory_format))  # type: ignore[call-overload]
 
     def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
         """
@@ -150,7 +153,8 @@ class Teacher(Source):
             images = model.preprocess_image(inputs)  # type: ignore[operator]
             # Not `precision`: the owner may have been cast since (.half(), .double()).
             dtype = next(model.parameters()).dtype
-            detector.run(images.tensor.to(dtype), resolved.values())
+            tensor = images.tensor.to(dtype, memory_format=self.memory_format)
+            detector.run(tensor, resolved.values())
         return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
 
     def release(self) -> None:  # noqa: D102

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, JSONWriter
@@ -36,10 +37,18 @@ from kd_det.data.coco import register_coco
 from kd_det.data.synthetic import make_synthetic_coco
 from kd_det.engine import TrainerMixin, build_evaluator
 from kd_det.paths import CONFIGS
-from kd_det.tools.report import write_report
+from kd_det.tools.report import table, write_means, write_report
 
 DATASET = "kd_det_synthetic"
 RUNS = ("teacher", "student", "student_equal_time", "distilled")
+CONTROLS = {
+    # The head start alone: the teacher's head and FPN outputs, and no term.
+    "inherited": ["KD.TERMS.FPN.WEIGHT", 0, "KD.TERMS.LOGITS.WEIGHT", 0],
+    # The terms alone: what distilling adds without the head start.
+    "not_inherited": ["KD.STUDENT.INIT_FROM", ""],
+    # A teacher that knows nothing must not help.
+    "random_teacher": [],
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -52,7 +61,20 @@ def add_parser(commands: Any) -> None:
         "there already is skipped, what was interrupted continues.",
     )
     parser.add_argument("--output", default="output/quickstart", metavar="DIR")
-    parser.add_argument("--seed", type=int, default=1, help="of data, weights and order (1)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="of data, weights and order; several: a folder each and a table of means (default 1)",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also: inheritance without distillation, distillation without inheritance, and a "
+        "teacher with random weights",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -66,26 +88,64 @@ def run(args: argparse.Namespace) -> None:
     """Run what is missing and print the table."""
     began = time.perf_counter()
     output = Path(args.output)
-    data = output / f"data_seed{args.seed}"
-    make_synthetic_coco(data, seed=args.seed)
-    for split in ("train", "val"):
-        annotations = data / "annotations" / f"instances_{split}.json"
-        register_coco(f"{DATASET}_{split}", str(annotations), str(data / split))
-    with quiet(output / "log.txt"):
-        teacher = train("teacher", output, args.seed)
-        student = train("student", output, args.seed)
-        distilled = train("distilled", output, args.seed)
-        equal_time = train(
-            "student_equal_time",
-            output,
-            args.seed,
-            iterations=round(distilled["seconds"] / student["seconds_per_iteration"]),
-        )
-    results = dict(zip(RUNS, (teacher, student, equal_time, distilled), strict=True))
-    print(write_report(output, results))
-    print(f"\n{time.perf_counter() - began:.0f} s in all. Table, curves and pictures: {output}/")
+    if len(args.seeds) == 1:
+        results = run_seed(output, args.seeds[0], args.controls)
+    else:
+        by_seed = {
+            seed: run_seed(output / f"seed_{seed}", seed, args.controls) for seed in args.seeds
+        }
+        results = write_means(output, by_seed)
+    print(table(results))
+    print(f"\n{time.perf_counter() - began:.0f} s in all. Tables, curves, pictures: {output}/")
     if args.check:
         check(results)
+
+
+def run_seed(output: Path, seed: int, controls: bool = False) -> dict[str, dict[str, Any]]:
+    """
+    All runs of one seed, and their report.
+
+    Args:
+        output: a folder of this seed's own.
+        seed: of data, weights and data order.
+        controls: also run `CONTROLS`.
+
+    Returns:
+        The results by run, in the order of the table.
+    """
+    data = output / f"data_seed{seed}"
+    make_synthetic_coco(data, seed=seed)
+    for split in ("train", "val"):
+        name = f"{DATASET}_{split}"
+        # Another seed's dataset of this process makes room: the configs name it without a seed.
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        annotations = data / "annotations" / f"instances_{split}.json"
+        register_coco(name, str(annotations), str(data / split))
+    with quiet(output / "log.txt"):
+        results = {name: train(name, output, seed) for name in ("teacher", "student", "distilled")}
+        plain, distilled = results["student"], results["distilled"]
+        results["student_equal_time"] = train(
+            "student_equal_time",
+            output,
+            seed,
+            iterations=round(distilled["seconds"] / plain["seconds_per_iteration"]),
+        )
+        results = {name: results[name] for name in RUNS}
+        if controls:
+            save_random_teacher(output, seed)
+            results.update({name: train(name, output, seed) for name in CONTROLS})
+    write_report(output, results)
+    return results
+
+
+def save_random_teacher(output: Path, seed: int) -> None:
+    """A checkpoint of the teacher's architecture, as it is before training."""
+    path = output / "random_teacher" / "teacher.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed_all_rng(seed)
+    torch.save({"model": build_model(config_of("teacher", output, seed)).state_dict()}, path)
 
 
 def check(results: dict[str, dict[str, Any]]) -> None:
@@ -109,7 +169,7 @@ def config_of(name: str, output: Path, seed: int, iterations: int | None = None)
     The config of one run. Both students come from one file; ``KD.ENABLED`` makes the difference.
 
     Args:
-        name: one of `RUNS`.
+        name: one of `RUNS` or `CONTROLS`.
         output: folder of the quickstart.
         seed: of weights and data order.
         iterations: replaces the length of the schedule.
@@ -120,9 +180,12 @@ def config_of(name: str, output: Path, seed: int, iterations: int | None = None)
         str(CONFIGS / "quickstart" / ("teacher.yaml" if name == "teacher" else "distilled.yaml"))
     )
     if name != "teacher":
-        weights = str((output / "teacher" / "model_final.pth").absolute())
-        cfg.merge_from_list(["KD.SOURCES.TEACHER.WEIGHTS", weights])
-        cfg.KD.ENABLED = name == "distilled"
+        weights = output / "teacher" / "model_final.pth"
+        if name == "random_teacher":
+            weights = output / "random_teacher" / "teacher.pth"
+        cfg.merge_from_list(["KD.SOURCES.TEACHER.WEIGHTS", str(weights.absolute())])
+        cfg.merge_from_list(CONTROLS.get(name, []))
+        cfg.KD.ENABLED = name == "distilled" or name in CONTROLS
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.OUTPUT_DIR = str(output / name)
     cfg.SEED = seed

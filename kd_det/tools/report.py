@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 
@@ -20,21 +21,27 @@ _COLORS = {
     "student": "tab:blue",
     "student_equal_time": "tab:cyan",
     "distilled": "tab:red",
+    "inherited": "tab:green",
+    "not_inherited": "tab:orange",
+    "random_teacher": "tab:brown",
 }
 _TASK_LOSSES = ("loss_cls", "loss_box_reg")
 _MIN_SCORE = 0.4
+_FORMATS = {
+    "parameters": ",",
+    "iterations": ",.0f",
+    "seconds": ".0f",
+    "seconds_per_iteration": ".3f",
+}
 
 
-def write_report(output: Path, results: dict[str, dict[str, Any]]) -> str:
+def write_report(output: Path, results: dict[str, dict[str, Any]]) -> None:
     """
     Write ``summary.json``, ``summary.csv`` and ``summary.png`` into a quickstart's folder.
 
     Args:
         output: the folder with one folder per run.
         results: by run, in the order of the table.
-
-    Returns:
-        The table.
     """
     columns = list(next(iter(results.values())))
     (output / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -43,9 +50,58 @@ def write_report(output: Path, results: dict[str, dict[str, Any]]) -> str:
         writer.writerow(["run", *columns])
         writer.writerows([name, *result.values()] for name, result in results.items())
     _draw(output, list(results))
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as text, one line per run."""
+    columns = list(next(iter(results.values())))
     rows = [[name, *result.values()] for name, result in results.items()]
-    formats = ("", ".1f", ".1f", ".1f", ".1f", ",", "", ".0f", ".3f")
+    formats = ["", *(_FORMATS.get(column, ".1f") for column in columns)]
     return tabulate(rows, headers=["run", *columns], floatfmt=formats, intfmt=",")
+
+
+def write_means(
+    output: Path, by_seed: dict[int, dict[str, dict[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    """
+    Write ``seeds.json`` (every result) and ``seeds.md``: for each run the mean AP, and the mean of
+    the paired difference to the distilled student with a 95 % interval (Student's t over seeds).
+
+    Returns:
+        The means by run.
+    """
+    (output / "seeds.json").write_text(json.dumps(by_seed, indent=2) + "\n")
+    seeds = list(by_seed)
+    runs = list(by_seed[seeds[0]])
+    means = {
+        run: {
+            key: float(np.mean([by_seed[seed][run][key] for seed in seeds]))
+            for key in by_seed[seeds[0]][run]
+        }
+        for run in runs
+    }
+    rows = []
+    for run in runs:
+        aps = [by_seed[seed][run]["AP"] for seed in seeds]
+        gains = [by_seed[seed]["distilled"]["AP"] - ap for seed, ap in zip(seeds, aps, strict=True)]
+        mean, half = float(np.mean(gains)), _half_interval(gains)
+        gap = "" if run in ("teacher", "distilled") else f"{mean:+.1f} ± {half:.1f}"
+        each = " ".join(f"{ap:.1f}" for ap in aps)
+        row = means[run]
+        rows.append(
+            [run, each, row["AP"], gap, round(row["iterations"]), row["seconds_per_iteration"]]
+        )
+    headers = ["run", f"AP of seeds {seeds}", "mean", "distilled gains", "iterations", "s / it"]
+    text = tabulate(rows, headers, "github", floatfmt=("", "", ".1f", "", "", ".3f"), intfmt=",")
+    (output / "seeds.md").write_text(text + "\n")
+    return means
+
+
+def _half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean; quantiles of Student's t for up to 10 values."""
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    n = len(values)
+    return t[min(n - 2, len(t) - 1)] * float(np.std(values, ddof=1)) / n**0.5
 
 
 def _draw(output: Path, names: list[str]) -> None:

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def test_plan_names_every_level_with_its_cost(model):
     lines = plan_table(model, (2, 128, 256)).splitlines()
     row = next(line.split() for line in lines if "features.p4" in line)
-    assert row[:9] == ["teacher", "fpn", "features.p4", "features.p4", "1/16", "8", "->", "16", "conv1x1"]
+    assert row[:9] == "teacher fpn features.p4 features.p4 1/16 8 -> 16 conv1x1".split()
     # 16 channels on an 8 x 16 grid, 2 images, 4 bytes: target's map, connector's output, gradient.
     assert float(row[-1]) == pytest.approx(3 * 4 * 2 * 16 * 8 * 16 / 2**20, rel=1e-3)
     assert sum("cls_logits.p" in line for line in lines) == 5

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from kd_det.__main__ import main
 from kd_det.tools.quickstart import RUNS, check, config_of
-from kd_det.tools.report import write_report
+from kd_det.tools.report import table, write_means, write_report
 from kd_det.tools.taps import tap_table
 from tests.toys import save_teacher, toy_cfg
 
@@ -19,7 +19,7 @@ def test_taps_lists_presets_with_channels_strides_and_calls(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["features", "p3", "8", "8", "1", "feature", "-"] in lines
     assert ["cls_logits", "p7", "3", "128", "1", "logits", "-"] in lines
-    assert ["p7", "8", "128", "1", "feature", "LastLevelP6P7", "on", "bottom-up"] in [x[1:] for x in lines]
+    assert "p7 8 128 1 feature LastLevelP6P7 on bottom-up".split() in [x[1:] for x in lines]
     assert ["res4", "res4", "16", "16", "1", "feature", "-"] in lines
 
 
@@ -106,10 +106,23 @@ def test_report_writes_table_csv_json_and_picture(tmp_path):
             json.dumps(found)
         )
     results = {name: dict(RESULT) for name in RUNS}
-    table = write_report(tmp_path, results)
+    write_report(tmp_path, results)
     assert json.loads((tmp_path / "summary.json").read_text()) == results
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
     assert [row["run"] for row in rows] == list(RUNS)
     assert float(rows[0]["AP"]) == 10.0
-    assert all(name in table for name in RUNS)
+    assert all(name in table(results) for name in RUNS)
     assert Image.open(tmp_path / "summary.png").size[0] > 500
+
+
+def test_means_over_seeds_come_with_paired_intervals(tmp_path):
+    aps = {1: (10.0, 15.0), 2: (12.0, 19.0), 3: (11.0, 17.0)}
+    by_seed = {
+        seed: {"student": {**RESULT, "AP": plain}, "distilled": {**RESULT, "AP": distilled}}
+        for seed, (plain, distilled) in aps.items()
+    }
+    means = write_means(tmp_path, by_seed)
+    assert means["distilled"]["AP"] == pytest.approx(17.0)
+    # Gains 5, 7, 6: mean 6, standard deviation 1, t of two degrees of freedom 4.303.
+    assert f"+6.0 ± {4.303 / 3**0.5:.1f}" in (tmp_path / "seeds.md").read_text()
+    assert set(json.loads((tmp_path / "seeds.json").read_text())) == {"1", "2", "3"}
