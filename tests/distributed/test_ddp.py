@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.registry import SOURCES
-from tests.integration.test_seams import SelfTeacher
+from tests.parts import SelfTeacher
 from tests.toys import batch, distiller_cfg
 
 assert kd_det
