@@ -20,6 +20,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from kd_det.data.coco import check_datasets
 from kd_det.engine import Trainer, dry_run, launch
 
@@ -36,6 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     check_datasets(() if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
 
 

@@ -22,7 +22,6 @@ _COLORS = {
     "student_equal_time": "tab:cyan",
     "distilled": "tab:red",
     "inherited": "tab:green",
-    "not_inherited": "tab:orange",
     "random_teacher": "tab:brown",
 }
 _TASK_LOSSES = ("loss_cls", "loss_box_reg")
