@@ -192,6 +192,15 @@ def test_a_failing_merge_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TAUU"):
         cfg.merge_from_file(write(tmp_path / "x.yaml", text))
     assert cfg.dump() == before
+    # Nor does a base that would do alone, nor KD when another key is wrong.
+    write(tmp_path / "base.yaml", "KD: {TERMS: {FPN: {TAU: 3}}}")
+    child = write(tmp_path / "child.yaml", f"_BASE_: base.yaml\nKD: {{TERMS: {terms}}}\n")
+    with pytest.raises(ValueError, match="TAUU"):
+        cfg.merge_from_file(child)
+    other = write(tmp_path / "other.yaml", "KD: {TERMS: {FPN: {TAU: 3}}}\nSOLVER: {MAXITER: 7}\n")
+    with pytest.raises(KeyError, match="MAXITER"):
+        cfg.merge_from_file(other)
+    assert cfg.dump() == before
     with pytest.raises(ValueError, match="TAUU"):
         cfg.merge_from_list(
             ["SOLVER.MAX_ITER", "7", "KD.TERMS.FPN.TAU", "3", "KD.TERMS.FPN.TAUU", "1"]
