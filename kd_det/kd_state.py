@@ -48,7 +48,7 @@ class KDStateMixin(nn.Module):
 
         The kd state is metadata of it, unless ``kd_in_metadata`` is off.
         """
-        prefix = kwargs.get("prefix", "")
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
         result = self.student.state_dict(*args, **kwargs)
         if self.kd_in_metadata:
             result._metadata[prefix[:-1]]["kd"] = self.kd_state_dict()
@@ -181,6 +181,7 @@ class KDStateMixin(nn.Module):
         beside = nn.ModuleDict({"sources": self.sources, "terms": self.terms})
         beside.load_state_dict(state["tensors"])
         self._restored = True
+        logger.info("Restored what trains beside the student: %d tensors.", len(tensors))
 
     def _tensors(self) -> dict[str, Any]:
         return dict(nn.ModuleDict({"sources": self.sources, "terms": self.terms}).state_dict())
