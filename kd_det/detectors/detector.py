@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from kd_det.registry import DETECTORS
+from kd_det.registry import DETECTORS, did_you_mean
 from kd_det.taps import Recorder, Tap, find_module
 
 Depth = tuple[str, Callable[[Tensor], Any]]
@@ -85,7 +85,8 @@ class Detector:
         try:
             find_module(self.model, name)
         except KeyError as e:
-            raise KeyError(f"{e.args[0]} Presets: {', '.join(presets)}.") from None
+            near = did_you_mean(name, presets)
+            raise KeyError(f"{e.args[0]} Presets: {', '.join(presets)}.{near}") from None
         return Tap(name=name, path=name)
 
     def run(self, image_tensor: Tensor, taps: Iterable[Tap]) -> None:
