@@ -137,13 +137,20 @@ def _draw(output: Path, names: list[str]) -> None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of Detectron2's metrics.json, the last one of each iteration, with the task loss."""
+    """
+    Detectron2's metrics.json, one row per iteration, with the task loss and the seconds of
+    training (which are written at other iterations than AP is).
+    """
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if all(key in row for key in _TASK_LOSSES):
             row["loss"] = sum(row[key] for key in _TASK_LOSSES)
         rows[row["iteration"]] = {**rows.get(row["iteration"], {}), **row}
+    timed = [(i, rows[i]["train_seconds"]) for i in sorted(rows) if "train_seconds" in rows[i]]
+    for iteration, row in rows.items():
+        if timed:
+            row["train_seconds"] = float(np.interp(iteration, *zip(*timed, strict=True)))
     return [rows[i] for i in sorted(rows)]
 
 

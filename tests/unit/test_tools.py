@@ -7,6 +7,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from kd_det.__main__ import main
+from kd_det.tools import report
 from kd_det.tools.quickstart import RUNS, check, config_of
 from kd_det.tools.report import table, write_means, write_report
 from kd_det.tools.taps import tap_table
@@ -126,3 +127,15 @@ def test_means_over_seeds_come_with_paired_intervals(tmp_path):
     # Gains 5, 7, 6: mean 6, standard deviation 1, t of two degrees of freedom 4.303.
     assert f"+6.0 ± {4.303 / 3**0.5:.1f}" in (tmp_path / "seeds.md").read_text()
     assert set(json.loads((tmp_path / "seeds.json").read_text())) == {"1", "2", "3"}
+
+
+def test_ap_is_placed_in_time_though_seconds_are_written_elsewhere(tmp_path):
+    rows = [
+        {"iteration": 19, "train_seconds": 2.0},
+        {"iteration": 39, "train_seconds": 4.0},
+        {"iteration": 29, "bbox/AP": 5.0},
+    ]
+    path = tmp_path / "metrics.json"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    found = {row["iteration"]: row["train_seconds"] for row in report._metrics(path)}
+    assert found == {19: 2.0, 29: 3.0, 39: 4.0}
