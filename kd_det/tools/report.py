@@ -150,7 +150,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     timed = [(i, rows[i]["train_seconds"]) for i in sorted(rows) if "train_seconds" in rows[i]]
     for iteration, row in rows.items():
         if timed:
-            row["train_seconds"] = float(np.interp(iteration, *zip(*timed, strict=True)))
+            at, seconds = np.array(timed).T  # (2, number of timed rows)
+            row["train_seconds"] = float(np.interp(iteration, at, seconds))
     return [rows[i] for i in sorted(rows)]
 
 
