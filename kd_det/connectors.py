@@ -74,7 +74,7 @@ class Conv(Connector):
 class Auto(Connector):
     """A 1x1 convolution where the channel counts differ, and nothing where they agree."""
 
-    def __call__(self, in_channels: int, out_channels: int) -> nn.Module:  # noqa: D102
+    def __call__(self, in_channels: int, out_channels: int) -> nn.Module:  # noqa: D102  # as in the base
         if in_channels == out_channels:
             return nn.Identity()
         return Conv()(in_channels, out_channels)

@@ -39,7 +39,7 @@ class Region:
 class Ones(Region):
     """Every cell counts 1, padding included: what published code does."""
 
-    def __call__(  # noqa: D102
+    def __call__(  # noqa: D102  # as in the base
         self, context: Context, student: Tensor, target: Tensor, stride: int
     ) -> Tensor | None:
         return None
@@ -54,7 +54,7 @@ class Padding(Region):
     towards the teacher's response to black. No host synchronisation: sizes are host integers.
     """
 
-    def __call__(  # noqa: D102
+    def __call__(  # noqa: D102  # as in the base
         self, context: Context, student: Tensor, target: Tensor, stride: int
     ) -> Tensor | None:
         h, w = target.shape[-2:]

@@ -91,7 +91,7 @@ class Warmup(Schedule):
             raise ValueError(f"Warmup needs warmup_iters >= 1, but got {warmup_iters}.")
         self.warmup_iters = warmup_iters
 
-    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102
+    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102  # as in the base
         done = self._iteration(progress, max_iter) - self.start_iter
         return min(1.0, (done + 1) / self.warmup_iters)
 
@@ -106,7 +106,7 @@ class Ramp(Schedule):
             raise ValueError(f"Ramp needs rate > 0, but got {rate}.")
         self.rate = rate
 
-    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102
+    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102  # as in the base
         return min(1.0, self.rate * progress)
 
 
@@ -120,7 +120,7 @@ class Cosine(Schedule):
             raise ValueError(f"Cosine needs end >= 0, but got {end}.")
         self.end = end
 
-    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102
+    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102  # as in the base
         return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -145,6 +145,6 @@ class Step(Schedule):
         self.steps = tuple(steps)
         self.gamma = gamma
 
-    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102
+    def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102  # as in the base
         iteration = self._iteration(progress, max_iter)
         return self.gamma ** sum(iteration >= step for step in self.steps)

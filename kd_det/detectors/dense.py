@@ -46,7 +46,7 @@ def backbone_depths(backbone: Any) -> list[Depth]:
 class DenseDetector(Detector):
     """`features`, bottom-up stages, and the head's first two outputs (FCOS too)."""
 
-    def presets(self) -> dict[str, Tap]:  # noqa: D102
+    def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
         levels = tuple(self.model.head_in_features)
         presets = backbone_presets(self.model.backbone, levels)
         for key, (name, kind) in enumerate([("cls_logits", "logits"), ("box_deltas", "deltas")]):
@@ -55,12 +55,12 @@ class DenseDetector(Detector):
             presets[name] = Tap(name, "head", key, levels, kind)
         return presets
 
-    def depths(self) -> list[Depth]:  # noqa: D102
+    def depths(self) -> list[Depth]:  # noqa: D102  # as in the base
         def head(image_tensor: Tensor) -> Any:
             maps = self.model.backbone(image_tensor)
             return self.model.head([maps[f] for f in self.model.head_in_features])
 
         return [*backbone_depths(self.model.backbone), ("head", head)]
 
-    def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102
+    def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.anchor_generator(features)

@@ -134,7 +134,7 @@ def describe(model: nn.Module) -> Detector:
     raise ValueError(
         f"kd_det has no description of the meta-architecture {type(model).__name__} (known: "
         f"{known}). Register a kd_det.detectors.Detector under its name in "
-        "kd_det.registry.DETECTORS: it names the taps and the stages of a forward."
+        "kd_det.registry.DETECTORS: it names the taps and how deep a forward can go."
     )
 
 

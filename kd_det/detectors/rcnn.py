@@ -15,7 +15,7 @@ from kd_det.taps import Tap
 class GeneralizedRCNN(Detector):
     """`features`, bottom-up stages, and the RPN head's objectness and deltas."""
 
-    def presets(self) -> dict[str, Tap]:  # noqa: D102
+    def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
         backbone = self.model.backbone
         shapes = backbone.output_shape()
         presets = backbone_presets(backbone, sorted(shapes, key=lambda f: shapes[f].stride))
@@ -24,7 +24,7 @@ class GeneralizedRCNN(Detector):
             presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind)
         return presets
 
-    def depths(self) -> list[Depth]:  # noqa: D102
+    def depths(self) -> list[Depth]:  # noqa: D102  # as in the base
         def rpn_head(image_tensor: Tensor) -> Any:
             maps = self.model.backbone(image_tensor)
             rpn = self.model.proposal_generator
@@ -35,5 +35,5 @@ class GeneralizedRCNN(Detector):
             ("proposal_generator.rpn_head", rpn_head),
         ]
 
-    def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102
+    def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.proposal_generator.anchor_generator(features)

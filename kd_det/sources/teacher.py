@@ -101,7 +101,7 @@ class Teacher(Source):
             return str(getattr(self._given.module, "input_format", "BGR"))
         return self._config().input_format
 
-    def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102
+    def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102  # as in the base
         if not taps:
             return {}
         architecture = self._given.module or self._config().build("meta")
@@ -112,7 +112,7 @@ class Teacher(Source):
             self._expected_calls[tap.path] = shapes[tap.name][0].calls
         return shapes
 
-    def prepare(self, taps: tuple[str, ...]) -> None:  # noqa: D102
+    def prepare(self, taps: tuple[str, ...]) -> None:  # noqa: D102  # as in the base
         if self.hidden.held is not None:
             return
         with preserved_rng():
@@ -157,7 +157,7 @@ class Teacher(Source):
             detector.run(tensor, resolved.values())
         return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
 
-    def release(self) -> None:  # noqa: D102
+    def release(self) -> None:  # noqa: D102  # as in the base
         if self.hidden.held is not None:
             logger.info("The teacher is no longer needed and is freed.")
         self.hidden.hold(None)
@@ -168,7 +168,7 @@ class Teacher(Source):
             model, _ = self._load()
         return {k: v.cpu() for k, v in model.state_dict().items()}
 
-    def fingerprint(self) -> str:  # noqa: D102
+    def fingerprint(self) -> str:  # noqa: D102  # as in the base
         return self._fingerprint
 
     def _load(self) -> tuple[nn.Module, str]:

@@ -59,13 +59,13 @@ class LevelwiseTerm(Term):
         self.pairs: list[Pair] = []
         self.connectors = nn.ModuleDict()
 
-    def student_taps(self) -> tuple[str, ...]:  # noqa: D102
+    def student_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return (self.tap,)
 
-    def source_taps(self) -> tuple[str, ...]:  # noqa: D102
+    def source_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return (self.source_tap,)
 
-    def wire(  # noqa: D102
+    def wire(  # noqa: D102  # as in the base
         self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
     ) -> list[PlanRow]:
         self.pairs = pair_levels(student[self.tap], target[self.source_tap], self.levels)
@@ -114,7 +114,7 @@ class LevelwiseTerm(Term):
         except ValueError as e:
             raise ValueError(f"{level}: {e}") from None
 
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102  # as in the base
         self,
         student: Mapping[str, Maps],
         target: Mapping[str, Maps],
@@ -142,7 +142,7 @@ class LevelwiseTerm(Term):
         """
         raise NotImplementedError
 
-    def level_weight(self, level: str) -> float:  # noqa: D102
+    def level_weight(self, level: str) -> float:  # noqa: D102  # as in the base
         if not self.level_weights:
             return 1.0
         index = [p.student.level for p in self.pairs].index(level)
