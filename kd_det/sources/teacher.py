@@ -17,6 +17,7 @@ from kd_det.sources.hidden import Hidden, Shared
 from kd_det.sources.model_config import ModelConfig
 from kd_det.sources.source import Source, Targets
 from kd_det.sources.strict import load_strictly
+from kd_det.sources.weights_file import check_sha256
 from kd_det.taps import Recorder
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Teacher(Source):
     Args:
         config_file: YAML or LazyConfig ``.py`` of the teacher.
         weights: its checkpoint, loaded strictly; empty takes what the config file names.
+        sha256: SHA-256 that the checkpoint must have, or at least 8 leading digits of it; empty for
+            any.
         input_format: channel order of its images, ``"BGR"`` or ``"RGB"``; empty takes what the
             config file (or the model's attribute) says.
         precision: in which its weights are held and its maps come, ``"float32"``, ``"float16"`` or
@@ -61,6 +64,7 @@ class Teacher(Source):
         *,
         config_file: Annotated[str, "path"] = "",
         weights: Annotated[str, "path"] = "",
+        sha256: str = "",
         input_format: str = "",
         precision: str = "float32",
         fold_batch_norm: bool = True,
@@ -74,6 +78,8 @@ class Teacher(Source):
                 f"not both; got config_file '{config_file}' and "
                 f"model {None if model is None else type(model).__name__}."
             )
+        if model is not None and sha256:
+            raise ValueError("A Teacher's sha256 is that of a file, but it was given a model.")
         if precision not in _PRECISIONS:
             raise ValueError(
                 f"A Teacher's precision is one of {', '.join(_PRECISIONS)}, but got '{precision}'."
@@ -82,6 +88,7 @@ class Teacher(Source):
             raise ValueError(f"A Teacher's input_format is BGR or RGB, but got '{input_format}'.")
         self.config_file = config_file
         self.weights = weights
+        self.sha256 = check_sha256(sha256)
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -181,7 +188,7 @@ class Teacher(Source):
         if not weights:
             raise ValueError(f"{what} has no weights: set WEIGHTS. A random teacher only harms.")
         model = config.build("cpu")
-        return model, load_strictly(model, weights, what=what)
+        return model, load_strictly(model, weights, what=what, sha256=self.sha256)
 
     def _config(self) -> ModelConfig:
         if "_model_config" not in self.__dict__:

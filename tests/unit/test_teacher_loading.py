@@ -9,7 +9,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from kd_det.sources import Teacher
-from kd_det.sources.strict import file_fingerprint, load_strictly
+from kd_det.sources.strict import load_strictly
+from kd_det.sources.weights_file import file_fingerprint
 from tests import toys
 from tests.teachers import TAPS, altered, assert_same, build, context, started, stock_maps
 
