@@ -50,7 +50,7 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
             input_format=cfg.INPUT.FORMAT,
             inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
             log_period=kd.LOG_PERIOD,
-            on_start=partial(write_student_config, cfg),
+            on_start=partial(begin_run, cfg),
         )
 
 
@@ -92,6 +92,11 @@ def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
             value = value.lower()
         arguments[key.lower()] = value
     return cls(**arguments)
+
+
+def begin_run(cfg: CfgNode, distiller: Distiller) -> None:
+    """What a run leaves in ``OUTPUT_DIR`` before its first step, see `Distiller`'s ``on_start``."""
+    write_student_config(cfg)
 
 
 def write_student_config(cfg: CfgNode) -> None:

@@ -39,7 +39,8 @@ class Distiller(KDStateMixin, nn.Module):
         log_period: every so many iterations the value of each level goes to the EventStorage as
             ``kd/<term>/<level>``, unweighted, and ``.../weighted``. That copies one small tensor
             from the device.
-        on_start: called once before the first training step.
+        on_start: called with the Distiller once, before the first training step: sources are read
+            and checked, nothing is trained yet.
 
     Raises:
         ValueError: if names, taps or shapes do not fit together; the message names the term.
@@ -55,7 +56,7 @@ class Distiller(KDStateMixin, nn.Module):
         input_format: str | None = None,
         inherit: Inherit | None = None,
         log_period: int = 20,
-        on_start: Callable[[], None] | None = None,
+        on_start: "Callable[[Distiller], None] | None" = None,
     ) -> None:
         super().__init__()
         if log_period < 1:
@@ -128,7 +129,6 @@ class Distiller(KDStateMixin, nn.Module):
         for name, asked in self.wiring.source_taps(active).items():
             source = self.wiring.sources[name]
             source.prepare(self.wiring.all_source_taps[name])
-            self.check_fingerprint(name, source)
             targets[name] = source(context, asked)
             if clash := losses.keys() & targets[name].losses.keys():
                 raise ValueError(
@@ -182,13 +182,14 @@ class Distiller(KDStateMixin, nn.Module):
         """Once, before the first training step: check a resumed run, or let a new one inherit."""
         if self._started:
             return
-        if self.wiring.unavailable is not None:
-            raise self.wiring.unavailable
+        self.prepare()
         resuming = self.check_resume(iteration)
+        for name, source in self.wiring.sources.items():
+            self.check_fingerprint(name, source)
         if self.inherit is not None and not resuming:
             self.inherit(self.student, self.wiring.sources[self.inherit.source])
         if self.on_start is not None:
-            self.on_start()
+            self.on_start(self)
         self._started = True
 
     def _progress_at(self, iteration: int | None) -> float:

@@ -58,8 +58,8 @@ class Source(nn.Module):
 
     def prepare(self, taps: tuple[str, ...]) -> None:
         """
-        Get ready to run these taps: read and check weights. Called before the first training step
-        that needs the source; a second call does nothing.
+        Get ready to run these taps: read and check weights. Called before the first training step,
+        even where the first term starts later; a second call does nothing.
 
         Raises:
             SourceUnavailable: if a file is missing.

@@ -180,13 +180,16 @@ def test_the_teacher_runs_only_as_deep_as_the_taps(teacher: tuple[str, str]) -> 
         assert (len(backbone), len(head), len(whole)) == (1, head_calls, 0)
 
 
-def test_before_its_start_the_teacher_is_not_even_read(teacher: tuple[str, str]) -> None:
+def test_before_its_start_the_teacher_is_read_and_checked_but_not_run(
+    teacher: tuple[str, str],
+) -> None:
     model = build_model(distiller_cfg(teacher, with_schedule(START_ITER=2)))
     step(model, 0)
+    calls = count_calls(model.sources["teacher"].hidden.held.backbone)
     step(model, 1)
-    assert model.sources["teacher"].hidden.held is None
+    assert not calls
     step(model, 2)
-    assert model.sources["teacher"].hidden.held is not None
+    assert len(calls) == 1
 
 
 def test_a_stopped_schedule_stops_and_frees_the_teacher(teacher: tuple[str, str]) -> None:
