@@ -1,8 +1,9 @@
-"""Leaving the global random states as they were found."""
+"""The global random states: leaving them as they were found, and taking them along."""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,3 +26,35 @@ def preserved_rng() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def get_rng_state(*, cuda: bool = True) -> dict[str, Any]:
+    """
+    The random states that this process trains with, as tensors and numbers: PyTorch's safe loader
+    refuses NumPy's arrays.
+
+    Args:
+        cuda: with the current CUDA device's, where one is in use. Images are augmented without.
+    """
+    version, words, gauss = random.getstate()
+    numpy: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy
+    state = {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if cuda and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Take up the states of `get_rng_state`; a device that is not here any more keeps its own."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,7 +1,15 @@
 """What must be known of a meta-architecture: tap presets, how to run it to its head, anchors."""
 
 from kd_det.detectors.dense import DenseDetector
-from kd_det.detectors.detector import Detector, TapShape, describe, meta_copy, probe
+from kd_det.detectors.detector import (
+    Detector,
+    TapShape,
+    describe,
+    meta_copy,
+    probe,
+    running_values,
+    set_running_values,
+)
 from kd_det.detectors.rcnn import GeneralizedRCNN
 
 __all__ = [
@@ -12,4 +20,6 @@ __all__ = [
     "describe",
     "meta_copy",
     "probe",
+    "running_values",
+    "set_running_values",
 ]

@@ -46,6 +46,8 @@ def backbone_depths(backbone: Any) -> list[Depth]:
 class DenseDetector(Detector):
     """`features`, bottom-up stages, and the head's first two outputs (FCOS too)."""
 
+    running = ("loss_normalizer",)  # a moving average of the number of foreground anchors
+
     def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
         levels = tuple(self.model.head_in_features)
         presets = backbone_presets(self.model.backbone, levels)

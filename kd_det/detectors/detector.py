@@ -49,8 +49,16 @@ class Detector:
         model: the detector; may live on the meta device.
     """
 
+    running: tuple[str, ...] = ()
+    """Attributes, plain numbers, that a training step changes and no state_dict holds."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # attributes are those of the meta-architecture
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes its boxes are of; ``None`` when the architecture does not say."""
+        return getattr(self.model, "num_classes", None)
 
     def presets(self) -> dict[str, Tap]:
         """The named taps, ``features`` first."""
@@ -180,3 +188,28 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
             for (level, x), origin in zip(maps.items(), origins, strict=True)
         ]
     return shapes
+
+
+def running_values(model: nn.Module) -> dict[str, Any]:
+    """
+    What the detector inside of ``model`` keeps from step to step outside of its state_dict, by
+    attribute name; empty for meta-architectures that kd_det has no description of.
+    """
+    found = _described(model)
+    if found is None:
+        return {}
+    return {k: getattr(found.model, k) for k in found.running if hasattr(found.model, k)}
+
+
+def set_running_values(model: nn.Module, values: dict[str, Any]) -> None:
+    """The counterpart of `running_values`."""
+    found = _described(model)
+    if found is not None:
+        vars(found.model).update(values)
+
+
+def _described(model: nn.Module) -> Detector | None:
+    for module in model.modules():
+        if any(cls.__name__ in DETECTORS for cls in type(module).__mro__):
+            return describe(module)
+    return None

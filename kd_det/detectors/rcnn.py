@@ -15,6 +15,10 @@ from kd_det.taps import Tap
 class GeneralizedRCNN(Detector):
     """`features`, bottom-up stages, and the RPN head's objectness and deltas."""
 
+    @property
+    def num_classes(self) -> int | None:  # noqa: D102  # as in the base
+        return getattr(self.model.roi_heads, "num_classes", None)
+
     def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
         backbone = self.model.backbone
         shapes = backbone.output_shape()

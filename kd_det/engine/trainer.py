@@ -6,17 +6,21 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from kd_det.build import write_student_config
 from kd_det.distiller import Distiller
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.evaluators import build_evaluator
+from kd_det.engine.loader import ResumableLoader
+from kd_det.engine.resume import RunState, check_last_checkpoint
 from kd_det.kd_state import KDState
+from kd_det.rng import preserved_rng
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +31,24 @@ class TrainerMixin:
 
         class Trainer(kd_det.TrainerMixin, DefaultTrainer): ...
 
-    It saves what trains beside the student as the checkpointable ``kd``, writes checkpoints by
-    temporary file and rename, saves the optimizer where Detectron2 0.6 forgets it, reads and checks
-    the teacher's weights before the first batch, writes ``student.yaml``, and trains on several
-    CPU processes. Without a Distiller (``KD.ENABLED: False``) only the general parts apply.
+    * A run that is killed loses at most ``SOLVER.CHECKPOINT_PERIOD`` iterations, and resumed it
+      goes on as if it had not stopped: checkpoints are written to a temporary file and renamed,
+      and hold the optimizer (which Detectron2 0.6 forgets), what trains beside the student
+      (``kd``), and the data position and random states of every process (``run``, `RunState`).
+    * The folder's last checkpoint is resumed only if it is this run's.
+    * The teacher's weights are read and checked before the first batch.
+    * Hooks that draw random numbers after a step (evaluation, PreciseBN) do not change the run.
+    * It trains on several CPU processes.
+
+    Without a Distiller (``KD.ENABLED: False``) only the general parts apply.
     """
 
     cfg: CfgNode
     model: nn.Module
     checkpointer: DetectionCheckpointer
     _trainer: SimpleTrainer
+    iter: int
+    max_iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
         if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu":
@@ -44,6 +56,8 @@ class TrainerMixin:
         else:
             super().__init__(cfg)  # type: ignore[call-arg]  # DefaultTrainer comes behind
         self.checkpointer.path_manager = AtomicPaths(self.checkpointer.path_manager)
+        self._run_state = RunState(self.model, self._install_loader())
+        self.checkpointer.add_checkpointable("run", self._run_state)
         distiller = find_distiller(self.model)
         if distiller is not None:
             self.checkpointer.add_checkpointable("kd", KDState(distiller))
@@ -69,6 +83,57 @@ class TrainerMixin:
         trainer.cfg = cfg
         trainer.register_hooks(trainer.build_hooks())
 
+    def _install_loader(self) -> ResumableLoader | None:
+        """Put a `ResumableLoader` in the place of Detectron2's loader, if that is what it is."""
+        inner: Any = self._trainer
+        stock = inner.data_loader
+        loader = ResumableLoader.of(stock)
+        if loader is None:
+            logger.warning(
+                "The training loader (%s) is not of Detectron2's build_detection_train_loader: a "
+                "resumed run will start its shuffle anew.",
+                type(stock).__name__,
+            )
+            return None
+        if hasattr(inner, "reset_data_loader"):
+            inner.reset_data_loader(lambda: loader)
+        else:  # 0.6 iterates in its constructor, which starts a DataLoader but not a generator
+            loader.starts_quietly = isinstance(stock, DataLoader)
+            inner.data_loader, inner._data_loader_iter = loader, iter(loader)
+        return loader
+
+    def build_hooks(self) -> list[HookBase]:
+        """The stock hooks; before the first one that saves, the processes' states are gathered."""
+        stock = super().build_hooks()  # type: ignore[misc]
+        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        first = next((i for i, h in enumerate(stock) if isinstance(h, saving)), len(stock))
+        return [*stock[:first], _Gather(), *stock[first:]]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        As in `DefaultTrainer`; a last checkpoint that is not this run's is refused.
+
+        Raises:
+            ValueError: if it is damaged, of another model, or of a run with other terms or sources,
+                or with and without distillation.
+        """
+        if resume and self.checkpointer.has_checkpoint():
+            distiller = find_distiller(self.model)
+            check_last_checkpoint(
+                self.checkpointer, self.checkpointer.model, distilled=distiller is not None
+            )
+        super().resume_or_load(resume=resume)  # type: ignore[misc]
+
+    def run_step(self) -> None:
+        """One step; the first of a resumed run takes up the random states of the checkpoint."""
+        self._run_state.before_step()
+        super().run_step()  # type: ignore[misc]
+
+    def after_step(self) -> None:
+        """The hooks; what they draw does not reach the next step."""
+        with preserved_rng():
+            super().after_step()  # type: ignore[misc]
+
     def state_dict(self) -> dict[str, Any]:
         """With the inner trainer's (optimizer, scaler), which Detectron2 0.6 leaves out."""
         state = super().state_dict()  # type: ignore[misc]
@@ -92,6 +157,19 @@ class _Start(HookBase):
         if distiller is not None:
             distiller.prepare()
         write_student_config(self.trainer.cfg)
+
+
+class _Gather(HookBase):
+    """Before a checkpoint is written by the main process: what it needs of the other ones."""
+
+    def after_step(self) -> None:
+        if comm.get_world_size() == 1:
+            return
+        cfg, done = self.trainer.cfg, self.trainer.iter + 1
+        # BestCheckpointer saves after an evaluation.
+        periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        if done >= self.trainer.max_iter or any(p > 0 and done % p == 0 for p in periods):
+            self.trainer._run_state.gather()
 
 
 class Trainer(TrainerMixin, DefaultTrainer):

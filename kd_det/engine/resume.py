@@ -1,0 +1,163 @@
+"""What a run needs, beside weights and optimizer, to go on as if it had not stopped."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+
+from kd_det.detectors import running_values, set_running_values
+from kd_det.engine.loader import ResumableLoader
+from kd_det.rng import get_rng_state, set_rng_state
+
+logger = logging.getLogger(__name__)
+
+_ANOTHER_RUN = (
+    "To begin a new run from these weights, choose another OUTPUT_DIR, set MODEL.WEIGHTS to the "
+    "file, and leave out --resume."
+)
+
+
+class RunState:
+    """
+    The state of the processes of a run, as a checkpointable.
+
+        run = RunState(model, loader)
+        checkpointer.add_checkpointable("run", run)
+        checkpointer.resume_or_load(...)
+        for iteration in range(start, max_iter):
+            run.before_step()
+            ...            # the step
+            run.gather()   # every process, when the main one is about to save
+
+    For every process: random states (Python, NumPy, CPU, its GPU), the position in the data, and
+    what the student keeps outside of its state_dict (RetinaNet's ``loss_normalizer``). A run that
+    goes on with another number of processes continues the shuffle where the first process was;
+    random states belong to the old number and are drawn anew.
+
+    Args:
+        model: the student, or what holds it.
+        loader: `ResumableLoader`, or ``None`` when the position in the data is not known.
+    """
+
+    def __init__(self, model: nn.Module, loader: ResumableLoader | None) -> None:
+        self.model = model
+        self.loader = loader
+        self._gathered: list[Any] = []
+        self._loaded: dict[str, Any] | None = None
+
+    def gather(self) -> None:
+        """
+        Bring the states of all processes to the main one. All of them must call it, after a step;
+        it holds until the next one.
+        """
+        self._gathered = comm.gather(self._own())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all processes, or of this one where the others' are not at hand."""
+        ranks = self._gathered or [self._own()]
+        return {"world_size": comm.get_world_size(), "ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Continue from a state; random states are set by `before_step`.
+
+        Raises:
+            ValueError: if the training set is another one.
+        """
+        world, rank = comm.get_world_size(), comm.get_rank()
+        ranks, same = state["ranks"], len(state["ranks"]) == state["world_size"] == world
+        self._loaded = dict(ranks[rank if same else 0])
+        if not same:
+            logger.warning(
+                "The checkpoint holds the state of %d of %d process(es), and this run has %d: the "
+                "shuffle goes on where it was, random numbers (augmentation) are drawn anew.",
+                len(ranks),
+                state["world_size"],
+                world,
+            )
+            self._loaded["rng"] = None
+        position = self._loaded["loader"]
+        if self.loader is not None and position is not None:
+            if not same:
+                drawn = position["drawn"] * state["world_size"] // world
+                position = {**position, "drawn": drawn, "waiting": []}
+            self.loader.load_state_dict(position)
+
+    def before_step(self) -> None:
+        """Set the random states of the checkpoint, once, right before the first step."""
+        self._gathered = []
+        if self._loaded is None:
+            return
+        set_running_values(self.model, self._loaded["model"])
+        if self._loaded["rng"] is not None:
+            set_rng_state(self._loaded["rng"])
+        self._loaded = None
+
+    def _own(self) -> dict[str, Any]:
+        state = self._loaded  # not taken up yet, where a run is saved before its first step
+        return {
+            "rng": get_rng_state() if state is None else state["rng"],
+            "model": running_values(self.model) if state is None else state["model"],
+            "loader": None if self.loader is None else self.loader.state_dict(),
+        }
+
+
+def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: bool) -> None:
+    """
+    Refuse to continue from a checkpoint that is not of this run: Detectron2 skips what does not fit
+    with a warning, and trains on from random weights. Only names and shapes are read.
+
+    Args:
+        checkpointer: names the folder and its last checkpoint.
+        model: the student.
+        distilled: whether this run distils.
+
+    Raises:
+        ValueError: if the file cannot be read, or is of another model or kind of run.
+    """
+    path = checkpointer.get_checkpoint_file()
+    try:
+        with checkpointer.path_manager.open(path, "rb") as f:
+            found = torch.load(f, map_location="meta")
+        saved = found["model"]
+    except Exception as e:  # a damaged file raises almost anything
+        others = sorted(
+            name.rpartition("/")[2]
+            for name in checkpointer.get_all_checkpoint_files()
+            if name != path
+        )
+        raise ValueError(
+            f"The last checkpoint '{path}' cannot be read ({type(e).__name__}: {e}). Write the "
+            f"name of a good one into the file last_checkpoint beside it; there are: "
+            f"{', '.join(others) or 'no others'}."
+        ) from e
+    saved = {key.removeprefix("module."): value for key, value in saved.items()}
+    wanted = model.state_dict()
+    shapes = {
+        key: (tuple(saved[key].shape), tuple(x.shape))
+        for key, x in wanted.items()
+        if key in saved and saved[key].shape != x.shape
+    }
+    missing = [key for key in wanted if key not in saved]
+    if shapes or missing:
+        key = next(iter(shapes), missing[0] if missing else "")
+        example = (
+            f"{key} is {shapes[key][0]} in the file and {shapes[key][1]} in this run's student"
+            if shapes
+            else f"it has no {key}"
+        )
+        raise ValueError(
+            f"The folder holds the checkpoint of another run: of {len(wanted)} entries of this "
+            f"run's student, {len(missing)} are not in '{path}' and {len(shapes)} have another "
+            f"shape ({example}). {_ANOTHER_RUN}"
+        )
+    metadata = getattr(found["model"], "_metadata", {})
+    has_kd = "kd" in found or "kd" in metadata.get("", {})
+    if distilled != has_kd:
+        now, then = ("with", "without") if distilled else ("without", "with")
+        raise ValueError(
+            f"The folder holds the checkpoint of another run: '{path}' was written {then} "
+            f"distillation, this run is {now} (KD.ENABLED is {distilled}). {_ANOTHER_RUN}"
+        )

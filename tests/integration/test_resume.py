@@ -1,0 +1,123 @@
+"""
+A run that is killed and resumed equals the run that was not: losses bit for bit, in fresh
+processes, each started from another seed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.toys import distiller_cfg, save_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).parent / "scripts" / "recorded.py"
+PERIOD, KILLED, LENGTH = 4, 7, 10
+EVENTS = ("loss_cls", "loss_box_reg", "total_loss")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Eleven noise images, wide and tall in no order, with a box each."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i, wide in enumerate([1, 0, 0, 1, 0, 1, 1, 0, 0, 0, 1]):
+        h, w = (48, 64) if wide else (64, 48)
+        name = f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / name)
+        images.append({"id": i + 1, "file_name": name, "height": h, "width": w})
+        box = [4 + i, 6, 24, 20]
+        annotations.append(
+            {"id": i + 1, "image_id": i + 1, "category_id": 1 + i % 3, "bbox": box,
+             "area": 480, "iscrowd": 0}
+        )  # fmt: skip
+    categories = [{"id": k + 1, "name": n} for k, n in enumerate("abc")]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "noise.json").write_text(json.dumps(content))
+    return {"JSON": str(folder / "noise.json"), "IMAGES": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, dataset: dict[str, str]) -> Path:
+    """
+    A distilled toy with connectors, BatchNorm, random sizes and flips, aspect-ratio groups, an
+    evaluation in between, a schedule, and no SEED: nothing repeats but what is saved.
+    """
+    folder = tmp_path_factory.mktemp("config")
+    terms = {
+        "FPN": {"TYPE": "CWD", "TAP": "features", "WEIGHT": 5.0,
+                "SCHEDULE": {"TYPE": "Ramp", "RATE": 2.0}},
+        "LOGITS": {"TYPE": "CWD", "TAP": "cls_logits"},
+    }  # fmt: skip
+    cfg = distiller_cfg(save_teacher(folder / "teacher", fpn=16), terms, fpn=8)
+    cfg.merge_from_other_cfg(type(cfg)({"KD": {"DATASETS": {"resume_noise": dataset}}}))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("resume_noise",)
+    cfg.INPUT.MIN_SIZE_TRAIN = (40, 48, 56, 64)
+    cfg.SOLVER.MAX_ITER = LENGTH
+    cfg.SOLVER.CHECKPOINT_PERIOD = PERIOD
+    cfg.TEST.EVAL_PERIOD = PERIOD
+    (folder / "toy.yaml").write_text(cfg.dump())
+    return folder / "toy.yaml"
+
+
+def train(config: Path, out: Path, losses: Path, *words: str, killed: bool = False) -> str:
+    opts = words[words.index("--opts") + 1 :] if "--opts" in words else ()
+    own = words[: words.index("--opts")] if "--opts" in words else words
+    command = [sys.executable, str(SCRIPT), str(config), str(losses), *own]
+    command += ["--opts", "OUTPUT_DIR", str(out), *opts]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FVCORE_CACHE": str(out / "cache")}
+    child = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    expected = -9 if killed else 0
+    assert child.returncode == expected, child.stdout[-3000:] + child.stderr[-3000:]
+    return child.stdout + child.stderr
+
+
+def recorded(path: Path) -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({i for i, _ in rows}) == len(rows)
+    return dict(rows)
+
+
+CASES = {
+    "distilled": (),
+    "plain, in the sampler's order": (
+        "--opts", "KD.ENABLED", "False", "DATALOADER.ASPECT_RATIO_GROUPING", "False",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, case):
+    words = CASES[case]
+    train(config, tmp_path / "whole", tmp_path / "whole.txt", *words)
+    train(config, tmp_path / "cut", tmp_path / "cut.txt", "--kill-at", str(KILLED), *words,
+          killed=True)  # fmt: skip
+    train(config, tmp_path / "cut", tmp_path / "resumed.txt", "--seed", "99", *words)
+
+    whole, cut = recorded(tmp_path / "whole.txt"), recorded(tmp_path / "cut.txt")
+    resumed = recorded(tmp_path / "resumed.txt")
+    expected = {*EVENTS, *(() if words else ("loss_kd_fpn", "loss_kd_logits"))}
+    assert expected <= set(whole[0])
+    assert len({row["total_loss"] for row in whole.values()}) == LENGTH  # or anything would do
+    assert cut == {i: whole[i] for i in range(KILLED)}
+    assert resumed == {i: whole[i] for i in range(PERIOD, LENGTH)}
+
+    final = [torch.load(tmp_path / run / "model_final.pth") for run in ("whole", "cut")]
+    for part in ("model", "kd", "run"):
+        if part in final[0]:
+            torch.testing.assert_close(
+                _tensors(final[0][part]), _tensors(final[1][part]), rtol=0, atol=0
+            )
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
