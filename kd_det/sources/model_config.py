@@ -1,11 +1,16 @@
 """Building a model from a config file of either kind."""
 
+import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import OmegaConf
 from torch import nn
 
 from kd_det.paths import CONFIGS, find_file
@@ -60,6 +65,45 @@ class ModelConfig:
             weights = str(self._cfg.MODEL.WEIGHTS)
         return find_file(weights, os.path.dirname(self.path)) or weights if weights else ""
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """
+        The model's classes in its own order: those of the first dataset that it was trained on, if
+        that is registered here; else ``None``.
+        """
+        if self._is_lazy:
+            train = (self._cfg.get("dataloader") or {}).get("train") or {}
+            datasets = (train.get("dataset") or {}).get("names") or ()
+            datasets = (datasets,) if isinstance(datasets, str) else datasets
+        else:
+            datasets = self._cfg.DATASETS.TRAIN
+        return _class_names(datasets[0]) if datasets else None
+
+    @property
+    def text(self) -> str:
+        """All that the file and its bases say, the same in every process."""
+        if self._is_lazy:
+            tree = OmegaConf.to_container(self._cfg, resolve=False)
+            return json.dumps(tree, default=lambda x: getattr(x, "__qualname__", str(type(x))))
+        return str(self._cfg.dump())
+
+    def test_mapper(self, input_format: str) -> Callable[[dict[str, Any]], Any]:
+        """
+        From a dataset's record to what the model is evaluated on: its own sizes of test images.
+
+        Args:
+            input_format: channel order of the images, whatever the file says.
+        """
+        if self._is_lazy:
+            test = (self._cfg.get("dataloader") or {}).get("test") or {}
+            if "mapper" in test:
+                mapper = instantiate(test["mapper"])
+                if hasattr(mapper, "image_format"):
+                    mapper.image_format = input_format
+                return mapper
+            return default_test_mapper(get_cfg(), input_format)
+        return default_test_mapper(self._cfg, input_format)
+
     def build(self, device: torch.device | str) -> nn.Module:
         """Build the architecture with fresh weights; on ``"meta"`` without storage."""
         device = torch.device(device)
@@ -86,3 +130,26 @@ class ModelConfig:
         cfg = get_cfg()
         cfg.merge_from_other_cfg(CfgNode(loaded))
         return cfg
+
+
+def default_test_mapper(cfg: CfgNode, input_format: str) -> DatasetMapper:
+    """Detectron2's own mapper for boxes, in test mode, with images in ``input_format``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT = input_format
+    # Of keypoints it would ask the training set, which need not be registered here.
+    cfg.MODEL.KEYPOINT_ON = cfg.MODEL.LOAD_PROPOSALS = False
+    return DatasetMapper(cfg, is_train=False)
+
+
+def _class_names(dataset: str) -> list[str] | None:
+    if dataset not in MetadataCatalog.list():  # get() would make a new one
+        return None
+    metadata = MetadataCatalog.get(dataset)
+    names, json_file = metadata.get("thing_classes"), metadata.get("json_file")
+    if names is None and json_file and PathManager.isfile(json_file):
+        # Detectron2 learns them when it loads the dataset; so does this, in the same order.
+        with PathManager.open(json_file, encoding="utf-8") as f:
+            categories = json.load(f)["categories"]
+        names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    return None if names is None else list(names)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -52,6 +53,9 @@ class Teacher(Source):
             every call.
         fold_batch_norm: fold BatchNorm into the convolutions (same maps up to rounding).
         channels_last: run its convolutions in that memory format (same maps up to rounding).
+        min_ap: refuse to train when its box AP, 0 to 100, is below that; 0 checks nothing. See
+            `kd_det.engine.check_gates`, which `TrainerMixin` calls.
+        gate_images: on how many images of the first test set that AP is measured.
         model: an already loaded detector, instead of ``config_file`` and ``weights``.
 
     Raises:
@@ -69,6 +73,8 @@ class Teacher(Source):
         precision: str = "float32",
         fold_batch_norm: bool = True,
         channels_last: bool = True,
+        min_ap: float = 0.0,
+        gate_images: int = 500,
         model: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -86,12 +92,21 @@ class Teacher(Source):
             )
         if input_format not in ("", "BGR", "RGB"):
             raise ValueError(f"A Teacher's input_format is BGR or RGB, but got '{input_format}'.")
+        if not 0 <= min_ap <= 100:
+            raise ValueError(
+                f"A Teacher's min_ap is an AP between 0 and 100 (0: no check), but got {min_ap}."
+            )
+        if gate_images < 1:
+            raise ValueError(f"A Teacher's gate_images is at least 1, but got {gate_images}.")
         self.config_file = config_file
         self.weights = weights
         self.sha256 = check_sha256(sha256)
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.min_ap = min_ap
+        self.gate_images = gate_images
+        self.ap_checked = False  # set by the gate
         self.hidden = Hidden()
         self._input_format = input_format
         self._fingerprint = ""
@@ -108,6 +123,13 @@ class Teacher(Source):
             return str(getattr(self._given.module, "input_format", "BGR"))
         return self._config().input_format
 
+    @property
+    def weights_file(self) -> str:
+        """The checkpoint that is loaded; empty for a given ``model``, or if none is named."""
+        if self._given.module is not None:
+            return ""
+        return self.weights or self._config().weights
+
     def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102  # as in the base
         if not taps:
             return {}
@@ -122,6 +144,12 @@ class Teacher(Source):
     def prepare(self, taps: tuple[str, ...]) -> None:  # noqa: D102  # as in the base
         if self.hidden.held is not None:
             return
+        if self.min_ap > 0 and not self.ap_checked:
+            logger.warning(
+                "The teacher's MIN_AP %g has not been checked: kd_det.TrainerMixin checks it before "
+                "the first step, and kd_det.engine.check_gates(cfg, distiller) in any other loop.",
+                self.min_ap,
+            )
         with preserved_rng():
             model, self._fingerprint = self._load()
         model.eval().requires_grad_(False)
@@ -175,6 +203,50 @@ class Teacher(Source):
             model, _ = self._load()
         return {k: v.cpu() for k, v in model.state_dict().items()}
 
+    def detector(self) -> nn.Module:
+        """
+        All of the detector, as its files define it: a copy of its own, neither folded nor cast, in
+        float32 and eval mode, where the teacher is.
+
+        Raises:
+            SourceUnavailable: if a file is missing.
+            ValueError: if a file is not what it should be, or no longer what it was.
+        """
+        with preserved_rng():
+            model, fingerprint = self._load()
+        if self._fingerprint not in ("", fingerprint):
+            raise ValueError(
+                f"The teacher's weights '{self.weights_file}' have changed since this run read "
+                f"them: SHA-256 {self._fingerprint} then, {fingerprint} now."
+            )
+        self._fingerprint = fingerprint
+        return model.eval().requires_grad_(False).float().to(self.hidden._place.device)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes its boxes are of; ``None`` when its architecture does not say."""
+        return describe(self._given.module or self._config().build("meta")).num_classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Its classes in its own order, where they are known: see `ModelConfig.class_names`."""
+        return None if self._given.module is not None else self._config().class_names
+
+    def test_mapper(self) -> Callable[[dict[str, Any]], Any] | None:
+        """From a dataset's record to the input of `detector`; ``None`` for a given ``model``."""
+        if self._given.module is not None:
+            return None
+        return self._config().test_mapper(self.input_format)
+
+    def identity(self) -> str:
+        """SHA-256 of what decides its predictions: weights, config and channel order."""
+        if not self._fingerprint:
+            self.detector()
+        given = self._given.module
+        recipe = self._config().text if given is None else _attributes(given)
+        parts = (self._fingerprint, self.input_format, recipe)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def fingerprint(self) -> str:  # noqa: D102  # as in the base
         return self._fingerprint
 
@@ -183,7 +255,7 @@ class Teacher(Source):
             model = self._given.module
             return copy.deepcopy(model), _tensor_fingerprint(model)
         config = self._config()
-        weights = self.weights or config.weights
+        weights = self.weights_file
         what = f"The teacher of {config.path}"
         if not weights:
             raise ValueError(f"{what} has no weights: set WEIGHTS. A random teacher only harms.")
@@ -215,3 +287,13 @@ def _tensor_fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _attributes(model: nn.Module) -> str:
+    """The types of all modules and their plain values, thresholds say, as text."""
+    plain = (bool, int, float, str, tuple, list)
+    found = []
+    for name, m in model.named_modules():
+        values = {k: v for k, v in vars(m).items() if k != "training" and isinstance(v, plain)}
+        found.append((name, type(m).__qualname__, values))
+    return repr(found)
