@@ -60,11 +60,6 @@ class Detector:
         """How many classes its boxes are of; ``None`` when the architecture does not say."""
         return getattr(self.model, "num_classes", None)
 
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes its boxes are of; ``None`` when the architecture does not say."""
-        return getattr(self.model, "num_classes", None)
-
     def presets(self) -> dict[str, Tap]:
         """The named taps, ``features`` first."""
         raise NotImplementedError

@@ -146,7 +146,7 @@ class Teacher(Source):
             return
         if self.min_ap > 0 and not self.ap_checked:
             logger.warning(
-                "The teacher's MIN_AP %g has not been checked: kd_det.TrainerMixin checks it before "
+                "The teacher's MIN_AP %g has not been checked: kd_det.TrainerMixin does so before "
                 "the first step, and kd_det.engine.check_gates(cfg, distiller) in any other loop.",
                 self.min_ap,
             )
