@@ -10,10 +10,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
+from kd_det._compat import get_event_storage_or_none
 from kd_det.config import NAME, check_enabled, student_config
 from kd_det.distiller import Distiller
 from kd_det.fields import fields_of
 from kd_det.inherit import Inherit
+from kd_det.record import write_run_record
 from kd_det.registry import SOURCES, TERMS, PartRegistry
 from kd_det.rng import preserved_rng
 
@@ -95,8 +97,14 @@ def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
 
 
 def begin_run(cfg: CfgNode, distiller: Distiller) -> None:
-    """What a run leaves in ``OUTPUT_DIR`` before its first step, see `Distiller`'s ``on_start``."""
+    """
+    What a run leaves in ``OUTPUT_DIR`` before its first step: ``student.yaml``, ``kd_run.json``.
+
+    See ``on_start`` of the `Distiller`, and `kd_det.record.write_run_record`.
+    """
+    storage = get_event_storage_or_none()
     write_student_config(cfg)
+    write_run_record(cfg, distiller, iteration=0 if storage is None else int(storage.iter))
 
 
 def write_student_config(cfg: CfgNode) -> None:

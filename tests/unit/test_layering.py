@@ -36,6 +36,7 @@ ORDER = [
     "fields",
     "data",
     "config",
+    "record",
     "build",
     "plan",
     "engine",
@@ -113,7 +114,7 @@ def test_losses_import_torch_alone():
 def test_cfg_is_not_visible_below_the_config():
     # Detectron2's config system is for config, build and what is above them, and for the one file
     # that builds a model from a config file.
-    allowed = {"data", "config", "build", "plan", "engine", "tools"}
+    allowed = {"data", "config", "record", "build", "plan", "engine", "tools"}
     for path in FILES:
         if room(path) not in allowed and path.name != "model_config.py":
             assert not [n for n in imports(path) if n.startswith("detectron2.config")], path
