@@ -12,6 +12,7 @@ from torch import nn
 
 from kd_det._compat import get_event_storage_or_none
 from kd_det.config import NAME, check_enabled, student_config
+from kd_det.diagnostics import Diagnostics
 from kd_det.distiller import Distiller
 from kd_det.fields import fields_of
 from kd_det.inherit import Inherit
@@ -52,8 +53,21 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
             input_format=cfg.INPUT.FORMAT,
             inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
             log_period=kd.LOG_PERIOD,
+            diagnostics=_diagnostics(cfg),
             on_start=partial(begin_run, cfg),
         )
+
+
+def _diagnostics(cfg: CfgNode) -> Diagnostics | None:
+    node = cfg.KD.DIAGNOSTICS
+    if not node.ENABLED:
+        return None
+    try:
+        return Diagnostics(
+            period=node.PERIOD, target_ratio=node.TARGET_RATIO, vis_period=cfg.VIS_PERIOD
+        )
+    except ValueError as e:
+        raise ValueError(f"KD.DIAGNOSTICS: {e}") from None
 
 
 # A function under the name of the class: with KD.ENABLED False there is nothing to wrap.

@@ -6,15 +6,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from kd_det._compat import get_event_storage_or_none
 from kd_det.context import Context
+from kd_det.diagnostics import Diagnostics, LastValues, ScalarQueue, Step, put_levels
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
 from kd_det.sources import Source
-from kd_det.taps import Recorder
+from kd_det.taps import Recorder, Tap
 from kd_det.terms import Term
 from kd_det.wiring import Wiring, wire
 
@@ -37,8 +38,8 @@ class Distiller(KDStateMixin, nn.Module):
             student's ``input_format`` attribute, else BGR.
         inherit: what the student copies from a source before the first step of a new run.
         log_period: every so many iterations the value of each level goes to the EventStorage as
-            ``kd/<term>/<level>``, unweighted, and ``.../weighted``. That copies one small tensor
-            from the device.
+            ``kd/<term>/<level>``, unweighted, and ``.../weighted``; see `flush`.
+        diagnostics: what is measured of the run beside that; ``None`` for nothing.
         on_start: called with the Distiller once, before the first training step: sources are read
             and checked, nothing is trained yet.
 
@@ -56,6 +57,7 @@ class Distiller(KDStateMixin, nn.Module):
         input_format: str | None = None,
         inherit: Inherit | None = None,
         log_period: int = 20,
+        diagnostics: Diagnostics | None = None,
         on_start: "Callable[[Distiller], None] | None" = None,
     ) -> None:
         super().__init__()
@@ -66,11 +68,14 @@ class Distiller(KDStateMixin, nn.Module):
         self.input_format = input_format or str(getattr(student, "input_format", "BGR"))
         self.inherit = inherit
         self.log_period = log_period
+        self.diagnostics = diagnostics or Diagnostics(period=0)
         self.on_start = on_start
         self.wiring: Wiring = wire(student, sources, terms, inherit)
         # The same objects as in the wiring, where PyTorch sees them: .to(), parameters(), DDP.
         self.sources = nn.ModuleDict(self.wiring.sources)
         self.terms = nn.ModuleDict(self.wiring.terms)
+        self._queue = ScalarQueue()
+        self._last: LastValues | None = None
         self._progress: float | None = None
         self._started = False
 
@@ -88,6 +93,8 @@ class Distiller(KDStateMixin, nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
         In eval mode the student's predictions; in training mode its losses and ``loss_kd_<term>``.
+        In training mode without gradients (PreciseBN, a hook that watches losses) nothing can be
+        learnt: the student's losses alone, and no source runs.
 
         Args:
             batched_inputs: Detectron2's batch format, images in ``input_format``.
@@ -102,26 +109,36 @@ class Distiller(KDStateMixin, nn.Module):
         iteration = None if storage is None else int(storage.iter)
         # Detectron2's losses write to a storage; a loop without one gets a throw-away.
         with EventStorage(0) if storage is None else contextlib.nullcontext():
+            if not torch.is_grad_enabled():
+                return self.student(batched_inputs)
+            self.flush()
             self._start(iteration)
             progress = self._progress_at(iteration)
-            losses, values, weights = self._step(batched_inputs, progress)
-            if iteration is not None and (iteration + 1) % self.log_period == 0:
-                self._log(values, weights)
+            watched = self.diagnostics.begin(self.student, storage)
+            step = self._step(batched_inputs, progress, watched)
+            self._last = LastValues(step, self.wiring)
+            if storage is not None:
+                # One iteration early: values arrive with the next forward, when a writer is due.
+                if (storage.iter + 2) % self.log_period == 0:
+                    put_levels(step, self.wiring, storage, self._queue)
+                self.diagnostics.end(step, self.wiring, storage, self._queue)
         self._release_finished(progress)
-        return losses
+        return step.losses
 
     def _step(
-        self, inputs: list[dict[str, Any]], progress: float
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, float]]:
-        """Loss dict of one batch, and for the active terms the values of their levels."""
+        self, inputs: list[dict[str, Any]], progress: float, watched: Mapping[str, Tap]
+    ) -> Step:
+        """Losses of one batch and what they were made of, with the maps of the watched taps."""
         weights = {
             name: term.weight * term.schedule(progress, self.max_iter)
             for name, term in self.wiring.terms.items()
         }
         active = [name for name, weight in weights.items() if weight > 0]
         taps = self.wiring.student_taps(active)
-        with Recorder(self.student, taps.values(), self.wiring.expected_calls) as recorder:
+        recorded = {**watched, **taps}.values()
+        with Recorder(self.student, recorded, self.wiring.expected_calls) as recorder:
             losses = self.student(inputs)
+        task = tuple(losses)
         maps = {name: recorder.maps(tap) for name, tap in taps.items()}
         context = Context(inputs, self.input_format, self.student, maps, progress)
 
@@ -129,7 +146,8 @@ class Distiller(KDStateMixin, nn.Module):
         for name, asked in self.wiring.source_taps(active).items():
             source = self.wiring.sources[name]
             source.prepare(self.wiring.all_source_taps[name])
-            targets[name] = source(context, asked)
+            with self.diagnostics.stopwatch.source(name):
+                targets[name] = source(context, asked)
             if clash := losses.keys() & targets[name].losses.keys():
                 raise ValueError(
                     f"Source '{name}' has losses of its own called {', '.join(sorted(clash))}, as "
@@ -143,7 +161,9 @@ class Distiller(KDStateMixin, nn.Module):
                 of = self.wiring.source_of[name]
                 values[name] = term(maps, targets[of].maps, context, self.wiring.sources[of])
             losses[f"loss_kd_{name}"] = self._total(name, weights[name], values.get(name))
-        return losses, values, weights
+        seen = {name: recorder.maps(tap) for name, tap in watched.items()} | maps
+        found = {name: target.maps for name, target in targets.items()}
+        return Step(losses, task, values, weights, seen, found, context)
 
     def _total(self, name: str, weight: float, values: dict[str, Tensor] | None) -> Tensor:
         """
@@ -211,18 +231,23 @@ class Distiller(KDStateMixin, nn.Module):
             raise ValueError(f"Progress is in [0, 1], but got {progress}.")
         self._progress = float(progress)
 
-    def _log(self, values: dict[str, dict[str, Tensor]], weights: dict[str, float]) -> None:
-        if not values:
-            return
-        storage = get_event_storage()
-        flat = torch.stack([v.detach() for levels in values.values() for v in levels.values()])
-        numbers = iter(flat.tolist())
-        for name, levels in values.items():
-            for level in levels:
-                value = next(numbers)
-                weight = weights[name] * self.wiring.terms[name].level_weight(level)
-                storage.put_scalar(f"kd/{name}/{level}", value)
-                storage.put_scalar(f"kd/{name}/{level}/weighted", weight * value)
+    def flush(self, wait: bool = False) -> None:
+        """
+        Write the ``kd/...`` scalars that have arrived from the device to the EventStorage that they
+        were measured under. Every training forward does so first; a hook may, after each step, to
+        write them in the iteration that they are from, and at the end of a run.
+
+        Args:
+            wait: wait for those that are still on their way.
+        """
+        self._queue.flush(wait)
+
+    def explain_non_finite(self) -> str:
+        """
+        Which values of the last step are not finite: a sentence for each term and level, with whose
+        map it is and what to do; empty when all are finite. Waits for the device.
+        """
+        return "" if self._last is None else self._last.explain()
 
     def _release_finished(self, progress: float) -> None:
         """Free the sources that no term needs until the end of the run."""

@@ -1,7 +1,7 @@
 """Terms that compare one map of the student with one map of the target, level by level."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from kd_det.pairing import Pair, on_one_grid, pair_levels
 from kd_det.regions import Padding, Region
 from kd_det.sources import Source
 from kd_det.taps import Maps
-from kd_det.terms.term import PlanRow, Term
+from kd_det.terms.term import Aligned, PlanRow, Term
 
 
 class LevelwiseTerm(Term):
@@ -121,15 +121,20 @@ class LevelwiseTerm(Term):
         context: Context,
         source: Source,
     ) -> dict[str, Tensor]:
-        values = {}
+        return {
+            level: self.compare(s, t, region)
+            for level, s, t, region in self.aligned(student, target, context)
+        }
+
+    def aligned(  # noqa: D102  # as in the base
+        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context
+    ) -> Iterator[Aligned]:
         for pair in self.pairs:
             level = pair.student.level
             s = self.connectors[level](student[self.tap][level])
             t = target[self.source_tap][pair.target.level]
             s, t = on_one_grid(s, t, pair)
-            region = self.region(context, s, t, pair.target.stride)
-            values[level] = self.compare(s, t, region)
-        return values
+            yield level, s, t, self.region(context, s, t, pair.target.stride)
 
     def compare(self, student: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
         """
@@ -141,6 +146,9 @@ class LevelwiseTerm(Term):
             region: ``(N, 1, H, W)`` weights >= 0, or ``None`` where every cell counts 1.
         """
         raise NotImplementedError
+
+    def target_level(self, level: str) -> str:  # noqa: D102  # as in the base
+        return next(p.target.level for p in self.pairs if p.student.level == level)
 
     def level_weight(self, level: str) -> float:  # noqa: D102  # as in the base
         if not self.level_weights:

@@ -1,7 +1,7 @@
 """The base of terms."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from kd_det.detectors import TapShape
 from kd_det.schedules import Constant, Schedule
 from kd_det.sources import Source
 from kd_det.taps import Maps
+
+Aligned = tuple[str, Tensor, Tensor, Tensor | None]
+"""(level, student's map, target's map, region), as `kd_det.terms.LevelwiseTerm` compares them."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,21 @@ class Term(nn.Module):
     def level_weight(self, level: str) -> float:
         """Factor on the value of a level, beside the term's weight."""
         return 1.0
+
+    def target_level(self, level: str) -> str:
+        """Name of the target's level that a level of the student is compared with."""
+        return level
+
+    def aligned(
+        self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context
+    ) -> Iterator[Aligned]:
+        """
+        What `forward` compares, for diagnostics and pictures: maps of one shape, the student's
+        after its connector, and the region. A term that compares no two maps has none.
+
+        Args:
+            student: as in `forward`.
+            target: as in `forward`.
+            context: as in `forward`.
+        """
+        yield from ()

@@ -32,6 +32,7 @@ ORDER = [
     "inherit",
     "wiring",
     "kd_state",
+    "diagnostics",
     "distiller",
     "fields",
     "data",
