@@ -1,9 +1,22 @@
-"""What a training loop needs beside the Distiller: trainer, evaluators, launch, dry run."""
+"""What a training loop needs beside the Distiller: trainer, gate, evaluators, launch, dry run."""
 
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.dry_run import dry_run
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
+from kd_det.engine.teacher_ap import check_gate, check_gates, evaluate_teacher
+from kd_det.engine.teacher_gap import TeacherGap
 from kd_det.engine.trainer import Trainer, TrainerMixin
 
-__all__ = ["AtomicPaths", "Trainer", "TrainerMixin", "build_evaluator", "dry_run", "launch"]
+__all__ = [
+    "AtomicPaths",
+    "TeacherGap",
+    "Trainer",
+    "TrainerMixin",
+    "build_evaluator",
+    "check_gate",
+    "check_gates",
+    "dry_run",
+    "evaluate_teacher",
+    "launch",
+]
