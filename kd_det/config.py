@@ -67,6 +67,15 @@ def add_kd_config(cfg: CfgNode) -> None:
     # the gap per class at each. Without the teacher's AP nobody can say what distillation could
     # still give; it costs one pass over DATASETS.TEST, and none where the result is cached.
     kd.EVAL_TEACHER = True
+
+    # What is measured of a run now and then, see docs/diagnostics.md; it changes no loss.
+    kd.DIAGNOSTICS = CfgNode()
+    kd.DIAGNOSTICS.ENABLED = True
+    # Iterations between measurements, 20 at most within the first 200; one costs about a backward
+    # of the head. 0 measures never.
+    kd.DIAGNOSTICS.PERIOD = 100
+    # Gradient of a term : gradient of the student's losses at which a weight is suggested.
+    kd.DIAGNOSTICS.TARGET_RATIO = 1.0
     _change_class(cfg, _kd_class(type(cfg)))
 
 
