@@ -22,7 +22,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from kd_det.data.coco import check_datasets
-from kd_det.engine import Trainer, dry_run, launch
+from kd_det.engine import Trainer, check_output_dir, dry_run, launch
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -36,6 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     check_datasets(() if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    check_output_dir(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg

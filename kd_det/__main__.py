@@ -3,21 +3,19 @@
 import argparse
 import sys
 
+from kd_det.engine import plain_errors
 from kd_det.tools import quickstart, taps
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input ends in one sentence on stderr and exit code 2."""
+    """Run one command; bad input ends in one sentence on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m kd_det", description="Tools around kd_det.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for tool in (quickstart, taps):
         tool.add_parser(commands)
     args = parser.parse_args(argv)
-    try:
+    with plain_errors():
         args.run(args)
-    except (ValueError, KeyError, FileNotFoundError) as e:
-        print(f"error: {e.args[0] if isinstance(e, KeyError) else e}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.dry_run import dry_run
+from kd_det.engine.errors import plain_errors
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
+from kd_det.engine.output_dir import check_output_dir, remove_stale
 from kd_det.engine.teacher_ap import check_gate, check_gates, evaluate_teacher
 from kd_det.engine.teacher_gap import TeacherGap
 from kd_det.engine.trainer import Trainer, TrainerMixin
@@ -16,7 +18,10 @@ __all__ = [
     "build_evaluator",
     "check_gate",
     "check_gates",
+    "check_output_dir",
     "dry_run",
     "evaluate_teacher",
     "launch",
+    "plain_errors",
+    "remove_stale",
 ]

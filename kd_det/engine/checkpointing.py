@@ -1,6 +1,7 @@
 """Checkpoints that are there whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -25,7 +26,12 @@ class AtomicPaths:
         return getattr(self._paths, name)
 
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        """As the wrapped ``open``; local files opened for writing replace the old one on exit."""
+        """
+        As the wrapped ``open``; local files opened for writing replace the old one on exit.
+
+        Raises:
+            OSError: if a local file cannot be written (the disk is full, say); the old one stays.
+        """
         if "w" not in mode or "://" in path:
             return self._paths.open(path, mode, **kwargs)
         return _replacing(self._paths, path, mode, kwargs)
@@ -40,7 +46,27 @@ def _replacing(paths: Any, path: str, mode: str, kwargs: Any) -> Iterator[IO[Any
             f.flush()
             os.fsync(f.fileno())  # or the rename could reach the disk before the content
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
+        if (failure := _os_error(e)) is None:
+            raise
+        raise OSError(
+            f"'{path}' could not be written ({failure.strerror or failure}{_room(path)}). Earlier "
+            "checkpoints are intact: make room, and continue with --resume."
+        ) from e
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind an exception: PyTorch's writer ends with a RuntimeError of its own."""
+    while isinstance(error, RuntimeError):
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, OSError) else None
+
+
+def _room(path: str) -> str:
+    try:
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free
+    except OSError:
+        return ""
+    return f", {free / 2**20:.1f} MiB are free there"

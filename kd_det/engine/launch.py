@@ -4,13 +4,16 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from kd_det._compat import create_local_process_group
+from kd_det.engine.errors import STATUS, plain_errors
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     * with GPUs: through Detectron2's own ``launch`` (``--num-gpus``, ``--num-machines``, ...);
     * without a GPU: in this process, on the CPU.
 
+    A user's mistake ends every process with one sentence: see `kd_det.engine.plain_errors`.
+
     Args:
         main: the script.
         args: of `detectron2.engine.default_argument_parser`.
@@ -31,6 +36,17 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     Returns:
         What ``main`` returns, where it runs in this process.
     """
+    with plain_errors():
+        return _launch(partial(_plainly, main), args)
+
+
+def _plainly(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """In the process that fails, before its group is gone and its parent sees text alone."""
+    with plain_errors():
+        return main(args)
+
+
+def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
         return _under_torchrun(main, args)
     if not torch.cuda.is_available():
@@ -40,14 +56,19 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
                 "several CPU processes: torchrun --nproc-per-node N train_net.py ..."
             )
         return main(args)
-    return d2_launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        return d2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as e:
+        if e.exit_code == STATUS:  # the process has said why
+            raise SystemExit(STATUS) from None
+        raise
 
 
 def _under_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:

@@ -44,6 +44,40 @@ def test_reading_and_remote_paths_are_the_wrapped_managers(tmp_path):
     assert set(saver.load(saver.get_checkpoint_file(), checkpointables=[])) == set()
 
 
+FULL = """
+import resource, sys
+import kd_det
+from torch import nn
+from detectron2.checkpoint import DetectionCheckpointer
+saver = DetectionCheckpointer(nn.Linear(300, 300), sys.argv[1])
+saver.path_manager = kd_det.engine.AtomicPaths(saver.path_manager)
+saver.save("model_0")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+saver.save("model_1")
+"""
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    said = child.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"OSError: '{tmp_path}/model_1.pth' could not be written (File too la")
+    assert "MiB are free there). Earlier checkpoints are intact: make room, and continue" in said
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
+    fresh = DetectionCheckpointer(nn.Linear(300, 300), str(tmp_path))
+    assert fresh.get_checkpoint_file().endswith("model_0.pth")
+    fresh.load(fresh.get_checkpoint_file(), checkpointables=[])
+
+
+def test_an_error_that_is_not_the_disks_passes_as_it_is(tmp_path, monkeypatch):
+    saver = checkpointer(tmp_path)
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        saver.save("model_0")
+    assert os.listdir(tmp_path) == []
+
+
 KILLED = """
 import os, signal, sys, torch
 import kd_det

@@ -34,8 +34,12 @@ def test_taps_lists_module_paths_and_the_calls_of_shared_ones():
 
 
 def test_bad_input_ends_in_a_sentence(capsys):
-    assert main(["taps", "--config-file", "no/such.yaml"]) == 2
-    assert "there is no config file 'no/such.yaml'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        main(["taps", "--config-file", "no/such.yaml"])
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kd_det: taps: there is no config file 'no/such.yaml'")
+    assert "Traceback" not in said
 
 
 def test_both_students_share_one_config_but_for_kd(tmp_path):
