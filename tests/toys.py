@@ -28,6 +28,7 @@ def toy_cfg(
     kd_det.add_kd_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
+    cfg.OUTPUT_DIR = ""  # or single steps would write into the working directory
     cfg.MODEL.META_ARCHITECTURE = arch
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = width
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = width
