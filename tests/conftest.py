@@ -3,6 +3,7 @@
 import kd_det  # isort: skip  # first: Detectron2 0.6 is importable after it
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,6 +23,14 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # Detectron2 draws from the global one
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Results of teachers are cached for this session only, in its subprocesses too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
