@@ -239,6 +239,19 @@ def test_an_unwritable_cache_is_a_log_line(cfg, files, tmp_path, caplog):
     assert "not kept" in caplog.text
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(cfg, files, monkeypatch, tmp_path):
+    OracleRetinaNet.shift = 3.0
+    expected = evaluate_teacher(cfg, oracle_teacher(files), VAL)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "another"))
+    moved = oracle_teacher(files, precision="float16").to("cuda")
+    moved.prepare(("features",))
+    assert moved.detector().device.type == "cuda"
+    assert evaluate_teacher(cfg, moved, VAL) == expected
+    assert len(OracleRetinaNet.seen) == 16
+
+
 def test_no_random_state_is_changed(cfg, files):
     with rng_unchanged():
         evaluate_teacher(cfg, oracle_teacher(files), VAL, images=2)
