@@ -98,6 +98,15 @@ def test_classes_are_matched_by_name(cfg, files, json_file, tmp_path):
     assert evaluate_teacher(cfg, oracle_teacher(nameless), VAL)["bbox/AP"] < expected["bbox/AP"] / 2
 
 
+def test_the_cache_knows_what_the_classes_were_taken_for(cfg, json_file, tmp_path):
+    unnamed = oracle.save_oracle(tmp_path / "oracle", trained_on=("teacher_ap_late",))
+    evaluate_teacher(cfg, oracle_teacher(unnamed), VAL, images=1)
+    trained_on(CLASSES[::-1], tmp_path, json_file, "teacher_ap_late")  # registers it
+    results = evaluate_teacher(cfg, oracle_teacher(unnamed), VAL, images=1)
+    assert results["bbox/AP"] == pytest.approx(100)
+    assert len(OracleRetinaNet.seen) == 2
+
+
 def test_classes_of_one_side_count_for_nothing(cfg, json_file, tmp_path):
     two = trained_on(("ring", "hexagon", "star"), tmp_path, json_file)
     results = evaluate_teacher(cfg, oracle_teacher(two), VAL)
