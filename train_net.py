@@ -13,29 +13,33 @@ Train, evaluate or inspect a distilled detector; Detectron2's own train_net.py w
 import argparse
 from typing import Any
 
-import kd_det  # first: it makes Detectron2 0.6 importable without compiled operators
+import kd_det  # noqa: F401  # first: it makes Detectron2 0.6 importable without compiled operators
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from kd_det.data.coco import check_datasets
-from kd_det.engine import Trainer, check_output_dir, dry_run, launch
+from kd_det.engine import (
+    Trainer,
+    check_data,
+    check_output_dir,
+    check_weights,
+    dry_run,
+    launch,
+    load_config,
+)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of this run: file, overrides, no GPU if there is none; checked and frozen."""
-    cfg = get_cfg()
-    kd_det.add_kd_config(cfg)
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
-    check_datasets(() if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    check_data(cfg, training=not args.eval_only)
+    check_weights(cfg)
     check_output_dir(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")

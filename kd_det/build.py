@@ -17,7 +17,7 @@ from kd_det.distiller import Distiller
 from kd_det.fields import fields_of
 from kd_det.inherit import Inherit
 from kd_det.record import write_run_record
-from kd_det.registry import SOURCES, TERMS, PartRegistry
+from kd_det.registry import SOURCES, TERMS, PartRegistry, did_you_mean
 from kd_det.rng import preserved_rng
 
 
@@ -33,7 +33,14 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
         ValueError: if the config cannot work; the message names the key.
     """
     plain = student_config(cfg)
-    student = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain)
+    architecture = plain.MODEL.META_ARCHITECTURE
+    if architecture not in META_ARCH_REGISTRY:
+        known = sorted(name for name, _ in META_ARCH_REGISTRY if name != NAME)
+        raise ValueError(
+            f"KD.STUDENT.META_ARCHITECTURE is '{architecture}', which no class is registered under."
+            f"{did_you_mean(architecture, known)} Known: {', '.join(known)}."
+        )
+    student = META_ARCH_REGISTRY.get(architecture)(plain)
     if not cfg.KD.ENABLED:
         return student
     check_enabled(cfg)
@@ -110,11 +117,15 @@ def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
     return cls(**arguments)
 
 
-def begin_run(cfg: CfgNode, distiller: Distiller) -> None:
+def begin_run(cfg: CfgNode, distiller: Distiller | None) -> None:
     """
     What a run leaves in ``OUTPUT_DIR`` before its first step: ``student.yaml``, ``kd_run.json``.
 
     See ``on_start`` of the `Distiller`, and `kd_det.record.write_run_record`.
+
+    Args:
+        cfg: the config of the run.
+        distiller: ``None`` for a plain student.
     """
     storage = get_event_storage_or_none()
     write_student_config(cfg)

@@ -238,7 +238,9 @@ def merge_kd(kd: CfgNode, new: Mapping[str, Any], where: str = "KD") -> None:
             _merge_leaves(result, {key: value}, {key: _field_of(kd[key])}, where)
     for name, node in result.DATASETS.items():
         if node.JSON and node.IMAGES:
-            register_coco(name, node.JSON, node.IMAGES)
+            # A later layer, or the command line, may say otherwise.
+            before = kd.DATASETS.get(name, node)
+            register_coco(name, node.JSON, node.IMAGES, instead_of=(before.JSON, before.IMAGES))
     kd.update(result)
 
 
@@ -246,8 +248,8 @@ def _merge_item(
     parent: CfgNode, name: str, new: Any, registry: PartRegistry, where: str, nested: bool = False
 ) -> None:
     """Merge one typed item; a new one is filled with the defaults of its TYPE first."""
-    if isinstance(new, str):
-        new = {"TYPE": new}  # REGION: Ones
+    if isinstance(new, str):  # REGION: Ones, or on the command line REGION "{TYPE: Ones}"
+        new = _literal(new) if new.lstrip().startswith("{") else {"TYPE": new}
     new = _node(new, where)
     if not isinstance(name, str):
         raise ValueError(f"{where}: names are words, but YAML read {name!r}; put it in quotes.")

@@ -27,6 +27,21 @@ class Inherit:
         self.source = source
         self.modules = tuple(modules)
 
+    def check(self, student: nn.Module) -> None:
+        """
+        Before anything is read: every pattern matches something.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        ours = student.state_dict()
+        for pattern in self.modules:
+            if not any(_matches(name, pattern) for name in ours):
+                raise ValueError(
+                    f"INIT_MODULES: '{pattern}' matches nothing in {type(student).__name__}, whose "
+                    f"modules are {', '.join(sorted({n.split('.')[0] for n in ours}))}."
+                )
+
     @torch.no_grad()
     def __call__(self, student: nn.Module, source: Source) -> list[str]:
         """
@@ -38,13 +53,8 @@ class Inherit:
         Raises:
             ValueError: if nothing fits, or a pattern matches nothing.
         """
+        self.check(student)
         theirs, ours = source.trained_state(), student.state_dict()
-        for pattern in self.modules:
-            if not any(_matches(name, pattern) for name in ours):
-                raise ValueError(
-                    f"INIT_MODULES: '{pattern}' matches nothing in {type(student).__name__}, whose "
-                    f"modules are {', '.join(sorted({n.split('.')[0] for n in ours}))}."
-                )
         wanted = [n for n in ours if any(_matches(n, pattern) for pattern in self.modules)]
         fits = [n for n in wanted if n in theirs and theirs[n].shape == ours[n].shape]
         if not fits:

@@ -83,6 +83,7 @@ def wire(
         if inherit.source not in sources:
             raise KeyError(f"The student inherits from {_unknown_source(inherit.source, sources)}")
         needed.add(inherit.source)
+        inherit.check(student)
     wiring = Wiring(
         sources={name: source for name, source in sources.items() if name in needed},
         terms=kept,

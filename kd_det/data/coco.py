@@ -31,7 +31,9 @@ _SLACK = 1.0
 _ZERO_SIZE_SHARE = 0.001
 
 
-def register_coco(name: str, json_file: str, image_root: str) -> None:
+def register_coco(
+    name: str, json_file: str, image_root: str, *, instead_of: tuple[str, str] | None = None
+) -> None:
     """Register a COCO-format dataset under a name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
     Nothing is read yet; ``check_coco`` does that. Registering the same three again does nothing.
@@ -40,6 +42,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         name: the name, not yet taken.
         json_file: the annotation file.
         image_root: the folder that the ``file_name`` fields of the annotation file are relative to.
+        instead_of: the (annotation file, image folder) that the name may stand for until now.
 
     Raises:
         ValueError: the name stands for other files, or for a dataset of another kind.
@@ -54,7 +57,13 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
             f"The dataset name {name!r} is already taken by a dataset that is not in COCO format; "
             "choose another name."
         )
-    if [_absolute(p) for p in taken] != [_absolute(p) for p in (json_file, image_root)]:
+    if [_absolute(p) for p in taken] == [_absolute(p) for p in (json_file, image_root)]:
+        return
+    if taken == instead_of:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+        register_coco_instances(name, {}, json_file, image_root)
+    else:
         raise ValueError(
             f"The dataset name {name!r} is already registered with {taken[0]} and images in "
             f"{taken[1]}, not with {json_file} and {image_root}; choose another name."

@@ -6,6 +6,7 @@ from kd_det.engine.errors import plain_errors
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
 from kd_det.engine.output_dir import check_output_dir, remove_stale
+from kd_det.engine.preflight import check_data, check_weights, load_config
 from kd_det.engine.teacher_ap import check_gate, check_gates, evaluate_teacher
 from kd_det.engine.teacher_gap import TeacherGap
 from kd_det.engine.trainer import Trainer, TrainerMixin
@@ -16,12 +17,15 @@ __all__ = [
     "Trainer",
     "TrainerMixin",
     "build_evaluator",
+    "check_data",
     "check_gate",
     "check_gates",
     "check_output_dir",
+    "check_weights",
     "dry_run",
     "evaluate_teacher",
     "launch",
+    "load_config",
     "plain_errors",
     "remove_stale",
 ]

@@ -73,6 +73,13 @@ def check_archive(path: str) -> None:
         raise ValueError(f"it is damaged: its record '{damaged}' does not match its checksum")
 
 
+def looks_like_weights(path: str) -> bool:
+    """Whether a file begins as PyTorch's formats and pickles do; old pickles have no such mark."""
+    with open(path, "rb") as f:
+        begin = f.read(len(_ZIP))
+    return begin == _ZIP or begin[:1] == b"\x80" or (path.endswith(".pkl") and bool(begin))
+
+
 def load_pickle(path: str) -> Any:
     """
     Read a pickle of NumPy arrays, as Detectron2's model zoo has them, and run no code of it.

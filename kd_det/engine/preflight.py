@@ -1,0 +1,129 @@
+"""What can be known to fail before anything is built: the config, the data, the weights."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from kd_det.config import add_kd_config, student_config
+from kd_det.data.coco import check_datasets
+from kd_det.engine.errors import is_plain
+from kd_det.registry import did_you_mean
+from kd_det.sources.weights_file import check_archive, looks_like_weights
+
+_CLASS_KEYS = {
+    "RetinaNet": ("RETINANET", "NUM_CLASSES"),
+    "GeneralizedRCNN": ("ROI_HEADS", "NUM_CLASSES"),
+}
+
+
+def load_config(file: str, overrides: Sequence[Any]) -> CfgNode:
+    """
+    A config with the ``KD`` node, of a file and the command line's ``KEY VALUE`` pairs.
+
+    Args:
+        file: YAML; empty for none.
+        overrides: key, value, key, value, ...
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if something cannot be read or does not exist; the message says where it stands.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if file:
+        if not PathManager.isfile(file):
+            raise FileNotFoundError(
+                f"There is no config file '{file}' (working directory {os.getcwd()})."
+            )
+        with _read_from(f"The config '{file}'", cfg):
+            cfg.merge_from_file(file)
+    with _read_from("The command line", cfg):
+        cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+@contextmanager
+def _read_from(where: str, cfg: CfgNode) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # YAML, files, yacs' assertions and key errors alike
+        said = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+        if is_plain(e):
+            raise ValueError(f"{where}: {said}") from e
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", said)
+        if unknown is None:
+            raise ValueError(f"{where} cannot be read ({type(e).__name__}: {said}).") from e
+        raise ValueError(
+            f"{where}: there is no config key {unknown[1]}.{_near(cfg, unknown[1])}"
+        ) from e
+
+
+def _near(cfg: CfgNode, key: str) -> str:
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return did_you_mean(part, node) if isinstance(node, CfgNode) else ""
+        node = node[part]
+    return ""
+
+
+def check_data(cfg: CfgNode, *, training: bool) -> None:
+    """
+    Check the datasets of a run, see `kd_det.data.coco.check_datasets`, and that the student has as
+    many classes: Detectron2 trains on when it has more.
+
+    Args:
+        cfg: the config of the run. Students whose number of classes is no config key, and datasets
+            in another format than COCO's, are left alone.
+        training: whether ``DATASETS.TRAIN`` counts.
+
+    Raises:
+        ValueError: one sentence for the first problem found.
+    """
+    train = cfg.DATASETS.TRAIN if training else ()
+    if training and not train:
+        raise ValueError("DATASETS.TRAIN is empty: name what to train on.")
+    classes = check_datasets(train, cfg.DATASETS.TEST)
+    keys = _CLASS_KEYS.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    if keys is None or classes is None:
+        return
+    found = cfg.MODEL[keys[0]][keys[1]]
+    if found != len(classes):
+        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        raise ValueError(
+            f"MODEL.{'.'.join(keys)} is {found}, but the datasets have {len(classes)} class(es) "
+            f"({shown}): set it to {len(classes)}."
+        )
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """
+    Check that ``MODEL.WEIGHTS``, where it is a local file, is there and whole.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no checkpoint, or a damaged one.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path or "://" in path:
+        return
+    path = path.partition("?")[0]  # ?matching_heuristics=True
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS is '{path}', but there is no such file (working directory "
+            f"{os.getcwd()}). Leave it empty to start from random weights."
+        )
+    try:
+        if not looks_like_weights(path):
+            raise ValueError("it is neither in PyTorch's format nor a pickle")
+        check_archive(path)
+    except ValueError as e:
+        raise ValueError(
+            f"MODEL.WEIGHTS is '{path}' ({os.path.getsize(path)} bytes), which cannot be read as a "
+            f"checkpoint ({e}): name a .pth or .pkl file."
+        ) from e
