@@ -13,12 +13,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kd_det.build import write_student_config
+from kd_det.build import begin_run
 from kd_det.distiller import Distiller
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.loader import ResumableLoader
+from kd_det.engine.output_dir import check_output_dir, remove_stale
 from kd_det.engine.resume import RunState, check_last_checkpoint
+from kd_det.engine.teacher_ap import check_gates
+from kd_det.engine.teacher_gap import TeacherGap
 from kd_det.kd_state import KDState
 from kd_det.rng import preserved_rng
 
@@ -36,7 +39,10 @@ class TrainerMixin:
       and hold the optimizer (which Detectron2 0.6 forgets), what trains beside the student
       (``kd``), and the data position and random states of every process (``run``, `RunState`).
     * The folder's last checkpoint is resumed only if it is this run's.
-    * The teacher's weights are read and checked before the first batch.
+    * Before the first batch the output folder is tried, and the teacher's weights are read and
+      checked, and its AP where it has a ``MIN_AP``; then ``kd_run.json`` is written.
+    * Evaluations report the teacher's AP and the gap per class, see `TeacherGap`.
+    * A loss that is not finite names the term and level.
     * Hooks that draw random numbers after a step (evaluation, PreciseBN) do not change the run.
     * It trains on several CPU processes.
 
@@ -103,11 +109,12 @@ class TrainerMixin:
         return loader
 
     def build_hooks(self) -> list[HookBase]:
-        """The stock hooks; before the first one that saves, the processes' states are gathered."""
-        stock = super().build_hooks()  # type: ignore[misc]
-        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        first = next((i for i, h in enumerate(stock) if isinstance(h, saving)), len(stock))
-        return [*stock[:first], _Gather(), *stock[first:]]
+        """The stock hooks, and ours in their places among them."""
+        stock: list[HookBase] = super().build_hooks()  # type: ignore[misc]
+        # Writers come last, after what they write; states are gathered before the first save.
+        _insert_before(stock, (hooks.PeriodicWriter,), [TeacherGap(self.cfg), _Flush()])
+        _insert_before(stock, (hooks.PeriodicCheckpointer, hooks.EvalHook), [_Gather()])
+        return stock
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -125,9 +132,22 @@ class TrainerMixin:
         super().resume_or_load(resume=resume)  # type: ignore[misc]
 
     def run_step(self) -> None:
-        """One step; the first of a resumed run takes up the random states of the checkpoint."""
+        """
+        One step; the first of a resumed run takes up the random states of the checkpoint.
+
+        Raises:
+            FloatingPointError: if a loss is not finite, before the weights are changed.
+        """
         self._run_state.before_step()
-        super().run_step()  # type: ignore[misc]
+        try:
+            super().run_step()  # type: ignore[misc]
+        except FloatingPointError as e:
+            distiller = find_distiller(self.model)
+            why = "" if distiller is None else distiller.explain_non_finite()
+            raise FloatingPointError(
+                f"{e} {why or 'Every distillation term is finite: it is the detector itself.'} "
+                "The weights are those before this step; the last checkpoint is intact."
+            ) from e
 
     def after_step(self) -> None:
         """The hooks; what they draw does not reach the next step."""
@@ -150,13 +170,34 @@ class TrainerMixin:
 
 
 class _Start(HookBase):
-    """Before the first batch: a teacher that cannot be read is an error now, not in an hour."""
+    """Before the first batch: what cannot work is an error now, not in an hour."""
 
     def before_train(self) -> None:
+        trainer = self.trainer
+        cfg, distiller = trainer.cfg, find_distiller(trainer.model)
+        check_output_dir(cfg, trainer.model)
+        if comm.is_main_process():
+            remove_stale(cfg.OUTPUT_DIR)
+        if distiller is not None:
+            check_gates(cfg, distiller)
+            distiller.prepare()
+        if distiller is None or distiller.on_start is None:  # else the Distiller does it
+            begin_run(cfg, distiller)
+
+
+class _Flush(HookBase):
+    """Diagnostics reach the storage in the iteration that they are from."""
+
+    def after_step(self) -> None:
+        self._flush(wait=False)
+
+    def after_train(self) -> None:
+        self._flush(wait=True)
+
+    def _flush(self, *, wait: bool) -> None:
         distiller = find_distiller(self.trainer.model)
         if distiller is not None:
-            distiller.prepare()
-        write_student_config(self.trainer.cfg)
+            distiller.flush(wait)
 
 
 class _Gather(HookBase):
@@ -179,6 +220,13 @@ class Trainer(TrainerMixin, DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `kd_det.engine.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def _insert_before(
+    stock: list[HookBase], kinds: tuple[type[HookBase], ...], ours: list[HookBase]
+) -> None:
+    first = next((i for i, hook in enumerate(stock) if isinstance(hook, kinds)), len(stock))
+    stock[first:first] = ours
 
 
 def find_distiller(model: nn.Module) -> Distiller | None:
