@@ -1,5 +1,6 @@
 """Wiring: terms are tied to taps of the student and of their sources, and sized."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from kd_det.sources import Source, SourceUnavailable
 from kd_det.taps import Tap
 from kd_det.terms import Term
 from kd_det.terms.term import PlanRow
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,6 +80,8 @@ def wire(
                 "method of a dict, for it becomes part of loss and parameter names."
             )
     kept = {name: term for name, term in terms.items() if term.weight > 0}
+    if not kept and inherit is None:
+        logger.warning("No term has a weight: this run trains the plain student.")
     source_of = {name: _source_of(name, term, sources) for name, term in kept.items()}
     needed = set(source_of.values())
     if inherit is not None:

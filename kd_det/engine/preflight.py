@@ -11,9 +11,9 @@ from detectron2.utils.file_io import PathManager
 
 from kd_det.config import add_kd_config, student_config
 from kd_det.data.coco import check_datasets
-from kd_det.engine.errors import is_plain
+from kd_det.engine.errors import is_plain, sentence
 from kd_det.registry import did_you_mean
-from kd_det.sources.weights_file import check_archive, looks_like_weights
+from kd_det.sources.weights_file import check_whole
 
 _CLASS_KEYS = {
     "RetinaNet": ("RETINANET", "NUM_CLASSES"),
@@ -52,9 +52,11 @@ def _read_from(where: str, cfg: CfgNode) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # YAML, files, yacs' assertions and key errors alike
-        said = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+        said = " ".join(sentence(e).split())
         if is_plain(e):
             raise ValueError(f"{where}: {said}") from e
+        if isinstance(e, TypeError):  # of the code that meets it
+            raise ValueError(f"{where} is no config: that is a map of words to values.") from e
         unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", said)
         if unknown is None:
             raise ValueError(f"{where} cannot be read ({type(e).__name__}: {said}).") from e
@@ -119,9 +121,7 @@ def check_weights(cfg: CfgNode) -> None:
             f"{os.getcwd()}). Leave it empty to start from random weights."
         )
     try:
-        if not looks_like_weights(path):
-            raise ValueError("it is neither in PyTorch's format nor a pickle")
-        check_archive(path)
+        check_whole(path)
     except ValueError as e:
         raise ValueError(
             f"MODEL.WEIGHTS is '{path}' ({os.path.getsize(path)} bytes), which cannot be read as a "

@@ -121,7 +121,10 @@ class ModelConfig:
     @staticmethod
     def _read(path: str) -> Any:
         if path.endswith(".py"):
-            return LazyConfig.load(path)
+            lazy = LazyConfig.load(path)
+            if "model" not in lazy:
+                raise ValueError("it has no `model` node")
+            return lazy
         loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
         # The config of a distilled model: what it trained is its student.
         kd = loaded.pop("KD", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.registry import did_you_mean
 from kd_det.sources.source import SourceUnavailable
-from kd_det.sources.weights_file import check_archive, file_fingerprint, load_pickle
+from kd_det.sources.weights_file import check_whole, file_fingerprint, load_pickle
 
 _TOLERATED_MISSING = ("num_batches_tracked",)
 # Older checkpoints carry buffers that are computed from the config today.
@@ -71,7 +71,7 @@ def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -
         )
     checkpointer = _Checkpointer(model)
     try:
-        check_archive(local)
+        check_whole(local)
         checkpointer.load(path, checkpointables=[])
     except Exception as e:  # unpickling a damaged file raises almost anything
         raise ValueError(

@@ -7,6 +7,7 @@ import zipfile
 from typing import Any
 
 _ZIP = b"PK\x03\x04"  # how PyTorch tells its zip format from the legacy one
+_PICKLE = b"\x80"
 _HASH_DIGITS = 8, 64
 # What pickles of NumPy arrays are made of; anything else could run code.
 _HARMLESS = {
@@ -49,18 +50,22 @@ def check_sha256(text: str) -> str:
     return text.lower()
 
 
-def check_archive(path: str) -> None:
+def check_whole(path: str) -> None:
     """
     Verify the checksum of every record of a file in PyTorch's zip format, at the speed of CRC-32;
-    PyTorch's own reader does not, so that a flipped bit would become a weight. Files of other
-    formats carry no checksum and are left alone.
+    PyTorch's own reader does not, so that a flipped bit would become a weight. The legacy format
+    and pickles carry no checksum: only their first byte is looked at.
 
     Raises:
-        ValueError: if a record is damaged, or the file is cut off.
+        ValueError: if the file is in none of these formats, a record is damaged, or it is cut off.
     """
     with open(path, "rb") as f:
-        if f.read(len(_ZIP)) != _ZIP:
+        begin = f.read(len(_ZIP))
+    if begin != _ZIP:
+        # Python 2's first pickles have no mark.
+        if begin[:1] == _PICKLE or (begin and path.endswith(".pkl")):
             return
+        raise ValueError("it is empty" if not begin else "it is neither PyTorch's nor a pickle")
     try:
         with zipfile.ZipFile(path) as archive:
             # zipfile looks past bytes before the archive, where PyTorch's reader would read them.
@@ -71,13 +76,6 @@ def check_archive(path: str) -> None:
         raise ValueError(f"it is damaged or cut off: {e}") from e
     if damaged is not None:
         raise ValueError(f"it is damaged: its record '{damaged}' does not match its checksum")
-
-
-def looks_like_weights(path: str) -> bool:
-    """Whether a file begins as PyTorch's formats and pickles do; old pickles have no such mark."""
-    with open(path, "rb") as f:
-        begin = f.read(len(_ZIP))
-    return begin == _ZIP or begin[:1] == b"\x80" or (path.endswith(".pkl") and bool(begin))
 
 
 def load_pickle(path: str) -> Any:

@@ -312,7 +312,7 @@ def test_a_config_class_of_the_users_own_keeps_its_behaviour() -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     calls: list[tuple] = []
-    monkeypatch.setattr(kd_config, "register_coco", lambda *args: calls.append(args))
+    monkeypatch.setattr(kd_config, "register_coco", lambda *args, **_: calls.append(args))
     return calls
 
 
