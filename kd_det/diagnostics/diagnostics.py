@@ -42,7 +42,8 @@ class Diagnostics:
       names in `kd_det.diagnostics.measures`;
     * ``kd/time/<source>`` and ``kd/time_share/<source>``: seconds and share of the step.
 
-    Losses, gradients and random states are untouched, and the host waits for nothing.
+    Losses, gradients and random states are untouched. The host waits for nothing, except in a
+    measurement's backward where that of the student's own losses does (RetinaNet's masks).
 
     Args:
         period: 0 measures never.
