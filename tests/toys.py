@@ -1,13 +1,16 @@
 """Toy detectors and batches: small enough that a training step takes a fraction of a second."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from torch import nn
 
 import kd_det
@@ -148,3 +151,23 @@ def batch(
         image = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances, "height": h, "width": w})
     return inputs
+
+
+def save_noise(folder: Path) -> dict[str, str]:
+    """
+    Eleven images of noise, wide and tall in no order, with one box of three classes each; what
+    ``KD.DATASETS`` wants to know of them.
+    """
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i, wide in enumerate([1, 0, 0, 1, 0, 1, 1, 0, 0, 0, 1]):
+        h, w = (48, 64) if wide else (64, 48)
+        name = f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / name)
+        images.append({"id": i + 1, "file_name": name, "height": h, "width": w})
+        box = {"bbox": [4 + i, 6, 24, 20], "area": 480, "iscrowd": 0}
+        annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 1 + i % 3, **box})
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate("abc")]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "noise.json").write_text(json.dumps(content))
+    return {"JSON": str(folder / "noise.json"), "IMAGES": str(folder)}

@@ -9,12 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.toys import distiller_cfg, save_teacher
+from tests.toys import distiller_cfg, save_noise, save_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "recorded.py"
@@ -23,29 +21,7 @@ EVENTS = ("loss_cls", "loss_box_reg", "total_loss")
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Eleven noise images, wide and tall in no order, with a box each."""
-    folder = tmp_path_factory.mktemp("noise")
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i, wide in enumerate([1, 0, 0, 1, 0, 1, 1, 0, 0, 0, 1]):
-        h, w = (48, 64) if wide else (64, 48)
-        name = f"{i}.png"
-        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / name)
-        images.append({"id": i + 1, "file_name": name, "height": h, "width": w})
-        box = [4 + i, 6, 24, 20]
-        annotations.append(
-            {"id": i + 1, "image_id": i + 1, "category_id": 1 + i % 3, "bbox": box,
-             "area": 480, "iscrowd": 0}
-        )  # fmt: skip
-    categories = [{"id": k + 1, "name": n} for k, n in enumerate("abc")]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "noise.json").write_text(json.dumps(content))
-    return {"JSON": str(folder / "noise.json"), "IMAGES": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, dataset: dict[str, str]) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     A distilled toy with connectors, BatchNorm, random sizes and flips, aspect-ratio groups, an
     evaluation in between, a schedule, and no SEED: nothing repeats but what is saved.
@@ -57,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, dataset: dict[str, str]) ->
         "LOGITS": {"TYPE": "CWD", "TAP": "cls_logits"},
     }  # fmt: skip
     cfg = distiller_cfg(save_teacher(folder / "teacher", fpn=16), terms, fpn=8)
-    cfg.merge_from_other_cfg(type(cfg)({"KD": {"DATASETS": {"resume_noise": dataset}}}))
+    cfg.merge_from_other_cfg(type(cfg)({"KD": {"DATASETS": {"resume_noise": save_noise(folder)}}}))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("resume_noise",)
     cfg.INPUT.MIN_SIZE_TRAIN = (40, 48, 56, 64)
     cfg.SOLVER.MAX_ITER = LENGTH
