@@ -70,12 +70,6 @@ class Trainer(kd_det.TrainerMixin, DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name):
         return build_evaluator(cfg, dataset_name)
 
-    def build_hooks(self):
-        stock = super().build_hooks()
-        if not any(isinstance(hook, TeacherGap) for hook in stock):
-            stock.insert(-1, TeacherGap(self.cfg))
-        return stock
-
 
 def metrics(cfg):
     """The rows of metrics.json that have an AP, by iteration."""
@@ -227,6 +221,16 @@ def test_a_bad_teacher_is_refused(cfg, files):
         check_gates(cfg, distiller)
     for part in (files[1], "INPUT_FORMAT (BGR)", "lower KD.SOURCES.TEACHER.MIN_AP", "is 99"):
         assert part in str(e.value)
+
+
+def test_a_refused_teacher_trains_nothing(cfg):
+    OracleRetinaNet.blind = (1, 2)
+    gated(cfg, 99)
+    trainer = Trainer(cfg)
+    with pytest.raises(ValueError, match=r"Source 'teacher' has a box AP of 0\.0"):
+        trainer.train()
+    assert not list(Path(cfg.OUTPUT_DIR).glob("*.pth"))
+    assert len(OracleRetinaNet.seen) == 2
 
 
 def test_a_random_teacher_is_refused(cfg, tmp_path):
