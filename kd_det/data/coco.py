@@ -29,6 +29,16 @@ _SLACK = 1.0
 # Detectron2 drops boxes of zero width or height, and COCO's own training split has two of them.
 # More than this share is no longer an accident.
 _ZERO_SIZE_SHARE = 0.001
+_KINDS: dict[str, tuple[type, ...]] = {
+    "categories.id": (int,),
+    "id": (int, str),
+    "image_id": (int, str),
+    "category_id": (int,),
+    "file_name": (str,),
+    "name": (str,),
+    "height": (int, float),
+    "width": (int, float),
+}
 
 
 def register_coco(
@@ -214,6 +224,13 @@ def _check_records(
                 f"In dataset {name!r}, {json_file}: entry {i} of {key!r} lacks "
                 f"{', '.join(missing)}; every entry needs {', '.join(fields)}."
             )
+        for field in fields:
+            kinds = _KINDS.get(f"{key}.{field}", _KINDS.get(field, (object,)))
+            if not isinstance(record[field], kinds):
+                raise ValueError(
+                    f"In dataset {name!r}, {json_file}: entry {i} of {key!r} has the {field} "
+                    f"{record[field]!r}; it must be a {' or '.join(k.__name__ for k in kinds)}."
+                )
     repeated = _first_repeated(r["id"] for r in records)
     if repeated is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from kd_det.detectors import running_values, set_running_values
 from kd_det.engine.loader import ResumableLoader
 from kd_det.rng import get_rng_state, set_rng_state
+from kd_det.sources.weights_file import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
     """
     path = checkpointer.get_checkpoint_file()
     try:
+        check_whole(checkpointer.path_manager.get_local_path(path))
         with checkpointer.path_manager.open(path, "rb") as f:
             found = torch.load(f, map_location="meta")
         saved = found["model"]
