@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_det.data.synthetic import CLASSES, make_synthetic_coco
-from tests.toys import distiller_cfg, save_teacher
+from tests.runs import synthetic_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -46,23 +45,8 @@ def record(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distilled toy with connectors on a dozen synthetic images."""
-    folder = tmp_path_factory.mktemp("config")
-    make_synthetic_coco(folder / "data", num_train=12, num_val=4)
-    teacher = save_teacher(folder / "teacher", classes=len(CLASSES), fpn=16)
-    cfg = distiller_cfg(teacher, classes=len(CLASSES))
-    datasets = {
-        f"runs_{split}": {
-            "JSON": str(folder / "data" / "annotations" / f"instances_{split}.json"),
-            "IMAGES": str(folder / "data" / split),
-        }
-        for split in ("train", "val")
-    }
-    cfg.merge_from_other_cfg(type(cfg)({"KD": {"DATASETS": datasets}}))
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("runs_train",), ("runs_val",)
-    cfg.SOLVER.MAX_ITER = cfg.TEST.EVAL_PERIOD = 4
-    cfg.SOLVER.CHECKPOINT_PERIOD = 2
-    cfg.SEED = 1
+    folder = tmp_path_factory.mktemp("runs")
+    cfg = synthetic_run(folder)
     (folder / "toy.yaml").write_text(cfg.dump())
     return folder / "toy.yaml"
 
@@ -90,7 +74,7 @@ def test_two_processes_train_evaluate_and_write_one_of_everything(by_two: Path) 
     found = record(by_two)
     assert (found["world_size"], found["resumed"]) == (2, [])
     assert "torchrun --nproc-per-node 2" in found["baseline"]["command"]
-    assert found["datasets"]["train"]["runs_train"]["images"] == 12
+    assert [x["images"] for x in found["datasets"]["train"].values()] == [12]
     last = [row for row in rows(by_two) if "loss_kd_fpn" in row][-1]
     assert all(math.isfinite(last[k]) for k in ("total_loss", "loss_kd_fpn", "loss_kd_logits"))
     assert [row for row in rows(by_two) if "bbox/AP" in row]
