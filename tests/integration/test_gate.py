@@ -4,13 +4,12 @@ import kd_det  # isort: skip  # first, in the spawned processes too
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -133,8 +132,7 @@ def test_evaluation_alone_never_touches_the_teacher(cfg):
     assert not OracleRetinaNet.seen
 
 
-@pytest.fixture
-def hook(cfg):
+def standing(cfg):
     """A hook whose trainer stands still."""
     hook = TeacherGap(cfg)
     hook.trainer = SimpleNamespace(
@@ -142,6 +140,11 @@ def hook(cfg):
     )
     hook.before_train()
     return hook
+
+
+@pytest.fixture
+def hook(cfg):
+    return standing(cfg)
 
 
 def results(ap=20.0):
@@ -152,7 +155,7 @@ def scalars(hook):
     return {k: v for k, (v, _) in hook.trainer.storage.latest().items()}
 
 
-def test_only_a_new_evaluation_is_followed(hook):
+def test_only_a_new_evaluation_is_followed(hook, tmp_path):
     hook.after_step()
     assert not scalars(hook)
     hook.trainer._last_eval_results = results()
@@ -165,7 +168,9 @@ def test_only_a_new_evaluation_is_followed(hook):
     assert not scalars(hook)
     hook.trainer.iter = 3
     hook.trainer._last_eval_results = results(60.0)
+    shutil.rmtree(tmp_path / "cache")  # a run remembers by itself
     hook.after_train()
+    assert scalars(hook)["kd/teacher/gap/bbox/AP"] == pytest.approx(40)
     assert len(OracleRetinaNet.seen) == IMAGES
 
 
@@ -258,20 +263,24 @@ def test_a_gate_needs_a_dataset(cfg):
 
 
 def measure(rank, files, dataset, kwargs):
-    """On each of two processes: the AP, whose images were read, and what a gate says."""
+    """On each of two processes: the AP, whose images were read, the gap, what a gate says."""
     oracle.make_dataset(Path(dataset), "gate", **kwargs)
     OracleRetinaNet.reset(str(Path(dataset) / "annotations" / "instances_val.json"))
     OracleRetinaNet.shift = 3.0
-    cfg = get_cfg()
-    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg = toys.distiller_cfg(files, FPN, classes=6)
+    cfg.DATASETS.TEST = (VAL,)
     teacher = Teacher(config_file=files[0], weights=files[1], min_ap=100.0, gate_images=3)
     found = evaluate_teacher(cfg, teacher, VAL, images=3)
     images = [x["image_id"] for x in OracleRetinaNet.seen]
+    hook = standing(cfg)
+    hook.trainer._last_eval_results = results() if rank == 0 else {}  # as Detectron2 has it
+    hook.after_step()
+    refusal = ""
     try:
         check_gate(cfg, teacher, VAL)
     except ValueError as e:
-        return found, images, e.args[0].split(",")[0]
-    return found, images, ""
+        refusal = e.args[0]
+    return found, images, scalars(hook), refusal
 
 
 @pytest.mark.dist
@@ -285,8 +294,10 @@ def test_all_processes_measure_and_refuse_together(files, json_file, tmp_path):
     teacher = Teacher(config_file=files[0], weights=files[1])
     alone = evaluate_teacher(toys.toy_cfg(), teacher, VAL, images=3)
     (tmp_path / "cache" / "kd_det").rename(tmp_path / "cache" / "elsewhere")
-    ours = spawned(measure, tmp_path, files, str(dataset), kwargs)
-    assert [found for found, _, _ in ours] == [alone, alone]
-    assert sorted(i for _, images, _ in ours for i in images) == [1, 2, 3]
-    assert ours[0][2] == ours[1][2] != ""
-    assert MetadataCatalog.get(VAL).thing_classes
+    first, second = spawned(measure, tmp_path, files, str(dataset), kwargs)
+    assert first[0] == second[0] == alone
+    assert sorted(first[1] + second[1]) == [1, 2, 3]
+    assert first[2]["kd/teacher/gap/bbox/AP"] == first[2]["kd/teacher/bbox/AP"] - 20
+    assert not second[2]  # the main process writes
+    assert "but KD.SOURCES.TEACHER.MIN_AP is 100" in first[3]
+    assert first[3] == second[3]
