@@ -1,5 +1,6 @@
 """A toy run from files on disk, started as train_net.py starts it, that must not take a step."""
 
+import argparse
 import json
 import os
 import shutil
@@ -91,14 +92,23 @@ class ToyRun:
         """Write a file of the folder."""
         (self.folder / name).write_bytes(content)
 
-    def start(self, *words: str, resume: bool = False) -> None:
-        """What ``train_net.py --config-file run.yaml OUTPUT_DIR out ...`` does in its process."""
-        for name in [n for n in DatasetCatalog.list() if n == "toy"]:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.pop(name)
+    def arguments(self, *words: str, resume: bool = False) -> argparse.Namespace:
+        """Of ``train_net.py --config-file run.yaml OUTPUT_DIR out ...``, in a new process."""
+        self.forget()
         command = ["--config-file", self.config, *(["--resume"] if resume else [])]
         command += ["OUTPUT_DIR", str(self.out), *words]
-        train_net.main(train_net.argument_parser().parse_args(command))
+        return train_net.argument_parser().parse_args(command)
+
+    def start(self, *words: str, resume: bool = False) -> None:
+        """What train_net.py does in its process."""
+        train_net.main(self.arguments(*words, resume=resume))
+
+    @staticmethod
+    def forget() -> None:
+        """Forget the dataset that configs registered."""
+        if "toy" in DatasetCatalog.list():
+            DatasetCatalog.remove("toy")
+            MetadataCatalog.pop("toy")
 
     def refused(self, *words: str, says: tuple[str, ...], resume: bool = False) -> None:
         """Start, and see the sentence, no step, and nothing half-written."""

@@ -44,7 +44,7 @@ class ModelConfig:
         except Exception as e:  # YAML, Python and config errors alike
             raise ValueError(
                 f"{what}: '{found}' cannot be read as a Detectron2 config "
-                f"({type(e).__name__}: {e})."
+                f"({type(e).__name__}: {' '.join(str(e).split())})."
             ) from e
 
     @property

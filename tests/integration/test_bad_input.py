@@ -6,23 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.runs import ToyRun, write_run
 from tests.toys import save_teacher
 
 T, L, S = "KD.TERMS.FPN", "KD.TERMS.LOGITS", "KD.SOURCES.TEACHER"
 CMD, FILE = "The command line: ", "The config 'run.yaml': "
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    write_run(folder)
-    return folder
-
-
-@pytest.fixture
-def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyRun:
-    return ToyRun(whole, tmp_path / "run", monkeypatch)
 
 
 def test_the_run_as_it_is_would_train(run):
