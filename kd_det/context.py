@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class Context:
     One training step, as the parts see it.
 
     Attributes:
-        inputs: Detectron2's batched inputs; images are in the student's channel order.
+        inputs: Detectron2's batched inputs; images are in the student's channel order, on its
+            device.
         input_format: that order, ``"BGR"`` or ``"RGB"``.
         student: the student detector.
         student_maps: for every recorded tap of the student its maps, with gradients.
@@ -54,3 +56,11 @@ class Context:
     def anchors(self, maps: list[Tensor]) -> list[Boxes]:
         """The student's anchors on these grids, one `Boxes` per level, in pixels."""
         return self.detector().anchors(maps)
+
+
+def with_images_on(device: torch.device, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    The same inputs with their images on a device. To be called before the student's forward is
+    queued: a source that uploaded its own afterwards would make the host wait for that forward.
+    """
+    return [{**x, "image": x["image"].to(device, non_blocking=True)} for x in inputs]

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from kd_det._compat import get_event_storage_or_none
-from kd_det.context import Context
+from kd_det.context import Context, with_images_on
 from kd_det.diagnostics import Diagnostics, LastValues, ScalarQueue, Step, put_levels
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
@@ -135,12 +135,13 @@ class Distiller(KDStateMixin, nn.Module):
         }
         active = [name for name, weight in weights.items() if weight > 0]
         taps = self.wiring.student_taps(active)
+        uploaded = with_images_on(next(self.student.parameters()).device, inputs)
         recorded = {**watched, **taps}.values()
         with Recorder(self.student, recorded, self.wiring.expected_calls) as recorder:
             losses = self.student(inputs)
         task = tuple(losses)
         maps = {name: recorder.maps(tap) for name, tap in taps.items()}
-        context = Context(inputs, self.input_format, self.student, maps, progress)
+        context = Context(uploaded, self.input_format, self.student, maps, progress)
 
         targets = {}
         for name, asked in self.wiring.source_taps(active).items():

@@ -186,18 +186,12 @@ class _Start(HookBase):
 
 
 class _Flush(HookBase):
-    """Diagnostics reach the storage in the iteration that they are from."""
-
-    def after_step(self) -> None:
-        self._flush(wait=False)
+    """The diagnostics of the last steps, which no forward comes after to write."""
 
     def after_train(self) -> None:
-        self._flush(wait=True)
-
-    def _flush(self, *, wait: bool) -> None:
         distiller = find_distiller(self.trainer.model)
         if distiller is not None:
-            distiller.flush(wait)
+            distiller.flush(wait=True)
 
 
 class _Gather(HookBase):
