@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import synthetic_run
+from tests.synthetic import synthetic_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -21,13 +22,17 @@ pytestmark = pytest.mark.dist
 
 def train_net(config: Path, out: Path, *words: str, two: bool = False, gpu: bool = False) -> str:
     launcher = TORCHRUN if two else ()
-    command = [sys.executable, *launcher, str(ROOT / "train_net.py"), "--config-file", str(config)]
+    command = [*launcher, str(ROOT / "train_net.py"), "--config-file", str(config)]
     if "--resume" in words:
         command.append("--resume")
-    command += ["OUTPUT_DIR", str(out), *(word for word in words if word != "--resume")]
+    return run([*command, "OUTPUT_DIR", str(out), *(w for w in words if w != "--resume")], gpu=gpu)
+
+
+def run(words: list[str], *, gpu: bool = False) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, *words]
     child = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -91,18 +96,39 @@ def test_one_process_continues_the_run_of_two(config: Path, by_two: Path) -> Non
     assert rows(by_two)[-1]["iteration"] >= 5
 
 
-def test_two_processes_continue_the_run_of_one(config: Path, tmp_path: Path) -> None:
-    train_net(config, tmp_path, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
-    before = torch.load(tmp_path / "model_0000001.pth")
-    log = train_net(config, tmp_path, "--resume", "DATASETS.TEST", "()", two=True)
+@pytest.fixture(scope="module")
+def by_one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    train_net(config, out, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
+    return out
+
+
+def test_the_recorded_command_trains_the_matched_baseline(by_one: Path) -> None:
+    python, *words = shlex.split(record(by_one)["baseline"]["command"])
+    assert python == "python"
+    run(words)
+    out = by_one.with_name(by_one.name + "_baseline")
+    assert rows(out)[-1]["iteration"] >= 1
+    assert not [key for row in rows(out) for key in row if "kd" in key]
+    assert "kd" not in torch.load(out / "model_final.pth")
+    found = record(out)
+    assert found["plan"] == found["sources"] == {}
+    assert "plain student" in found["baseline"]["reason"]
+    for key in ("seed", "datasets", "weights", "versions"):
+        assert found[key] == record(by_one)[key]
+
+
+def test_two_processes_continue_the_run_of_one(config: Path, by_one: Path) -> None:
+    before = torch.load(by_one / "model_0000001.pth")
+    log = train_net(config, by_one, "--resume", "DATASETS.TEST", "()", two=True)
     assert "Starting training from iteration 2" in log
-    found = record(tmp_path)
+    found = record(by_one)
     (resumed,) = found["resumed"]
     assert (found["world_size"], resumed["world_size"], resumed["iteration"]) == (1, 2, 2)
-    check_checkpoint(tmp_path / "model_0000003.pth")
+    check_checkpoint(by_one / "model_0000003.pth")
     # The connectors went on from where they were.
     key = "terms.fpn.connectors.p3.weight"
-    old, new = before["kd"]["tensors"], torch.load(tmp_path / "model_0000003.pth")["kd"]["tensors"]
+    old, new = before["kd"]["tensors"], torch.load(by_one / "model_0000003.pth")["kd"]["tensors"]
     assert 0 < float((old[key] - new[key]).abs().max()) < 0.1
 
 
