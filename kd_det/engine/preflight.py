@@ -42,6 +42,11 @@ def load_config(file: str, overrides: Sequence[Any]) -> CfgNode:
             )
         with _read_from(f"The config '{file}'", cfg):
             cfg.merge_from_file(file)
+    options = [word for word in overrides if str(word).startswith("--")]
+    if options:
+        raise ValueError(
+            f"The option {options[0]} stands among the KEY VALUE pairs: options come before them."
+        )
     with _read_from("The command line", cfg):
         cfg.merge_from_list(list(overrides))
     return cfg

@@ -1,5 +1,6 @@
 """What a run needs, beside weights and optimizer, to go on as if it had not stopped."""
 
+import json
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from kd_det.detectors import running_values, set_running_values
 from kd_det.engine.loader import ResumableLoader
+from kd_det.kd_state import KDStateMixin
 from kd_det.rng import get_rng_state, set_rng_state
 from kd_det.sources.weights_file import check_whole
 
@@ -163,3 +165,25 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
             f"The folder holds the checkpoint of another run: '{path}' was written {then} "
             f"distillation, this run is {now} (KD.ENABLED is {distilled}). {_ANOTHER_RUN}"
         )
+    if isinstance(model, KDStateMixin) and "kd" in found:
+        _check_plan(found["kd"]["plan"], model.kd_state_dict()["plan"], path)
+
+
+def _check_plan(saved: str, wanted: str, path: str) -> None:
+    """Here, because the optimizer is restored before the kd state, and knows no names."""
+    then, now = json.loads(saved), json.loads(wanted)
+    if then == now:
+        return
+    changed = [
+        f"{kind} {', '.join(then[kind]) or 'none'} (this run has {', '.join(now[kind]) or 'none'})"
+        for kind in ("terms", "sources")
+        if then[kind].keys() != now[kind].keys()
+    ] or [
+        f"another tap, level, connector, source or shape of term {name}"
+        for name, rows in now["terms"].items()
+        if (rows, now["of"][name]) != (then["terms"][name], then["of"][name])
+    ]
+    raise ValueError(
+        f"The folder holds the checkpoint of another run: '{path}' was written with "
+        f"{' and '.join(changed) or 'sources of another type'}. {_ANOTHER_RUN}"
+    )

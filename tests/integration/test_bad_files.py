@@ -188,9 +188,11 @@ def test_annotations_that_are_no_json(run, content):
 # -- a folder to resume ---------------------------------------------------------------------------
 
 
-def saved(run: ToyRun) -> Path:
-    """A checkpoint in the run's folder, as after 4 iterations."""
+def saved(run: ToyRun, *, read: bool = False) -> Path:
+    """A checkpoint in the run's folder, as after 4 iterations; the teacher may have been read."""
     trainer = Trainer(train_net.setup(run.arguments()))
+    if read:
+        trainer.model.prepare()
     trainer.iter = 4
     trainer.checkpointer.save("model_0000004", iteration=4)
     return run.out / "model_0000004.pth"
@@ -220,13 +222,23 @@ def test_a_last_checkpoint_that_is_gone(run):
     [
         (("MODEL.FPN.OUT_CHANNELS", "4"), "The folder holds the checkpoint of another run"),
         (("KD.ENABLED", "False"), "was written with distillation, this run is without"),
-        (("KD.TERMS.FPN.CONNECTOR", "{TYPE: Conv, KERNEL: 3}"), "other sources, terms or shapes"),
+        (("KD.TERMS.LOGITS.ENABLED", "False"), "with terms fpn, logits (this run has fpn)"),
+        (("KD.TERMS.FPN.WEIGHT", "0"), "with terms fpn, logits (this run has logits)"),
+        (("KD.TERMS.NEW.TYPE", "CWD"), "with terms fpn, logits (this run has fpn, logits, new)"),
+        (("KD.TERMS.FPN.CONNECTOR", "{TYPE: Conv, KERNEL: 3}"), "connector, source or shape of te"),
+        (("KD.TERMS.LOGITS.TAP", "box_deltas"), "another tap, level, connector"),
     ],
-    ids=["model", "disabled", "connector"],
+    ids=["model", "disabled", "term", "weight 0", "new term", "connector", "tap"],
 )
 def test_the_folder_of_another_run(run, words, says):
     saved(run)
     run.refused(*words, resume=True, says=(says,))
+
+
+def test_another_teacher_in_a_run_that_goes_on(run):
+    saved(run, read=True)
+    save_teacher(run.folder / "teacher", fpn=16, seed=9)
+    run.refused(resume=True, says=("Source 'teacher' is not the one", "Restore the file"))
 
 
 def test_a_folder_of_another_tool(run):

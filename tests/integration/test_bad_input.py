@@ -63,6 +63,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "list for a float": (f"{T}.TAU [1]", (CMD, f"{T}.TAU is a float, but got [1]")),
     "int for a bool": (f"{T}.STANDARDIZE 1", (CMD, f"{T}.STANDARDIZE is a bool, but got 1")),
     "word for a node": ("KD.TERMS CWD", (CMD, "KD.TERMS is a map", "'CWD'")),
+    "late option": ("SOLVER.MAX_ITER 3 --dry-run", ("--dry-run stands", "come before them")),
     "odd": (f"{T}.WEIGHT", ("The command line", "odd length", f"{T}.WEIGHT")),
     "type outside of KD": ("SOLVER.MAX_ITER many", ("The command line", "SOLVER.MAX_ITER", "many")),
     # Values out of range.
