@@ -44,6 +44,7 @@ def write_run_record(
     matched baseline. A resumed run leaves all that as it is and appends to ``resumed``: iteration,
     time, command, commits, and of the rest what has changed. What cannot be found out is null.
 
+    Nothing is written where ``OUTPUT_DIR`` is empty or an address (``s3://``).
     A file that cannot be read is kept as ``kd_run.json.bad`` and does not stop the run.
 
     Args:
@@ -55,7 +56,7 @@ def write_run_record(
     Raises:
         OSError: if the folder cannot be written to.
     """
-    if not cfg.OUTPUT_DIR or not comm.is_main_process():
+    if not cfg.OUTPUT_DIR or "://" in cfg.OUTPUT_DIR or not comm.is_main_process():
         return
     path = os.path.join(cfg.OUTPUT_DIR, NAME)
     session = _session(cfg)

@@ -209,14 +209,18 @@ def test_commands_of_modules_and_of_several_processes(
 
 
 def test_only_the_main_process_writes_and_only_into_a_folder(
-    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     write_run_record(cfg)
     assert not Path(cfg.OUTPUT_DIR).exists()
     monkeypatch.undo()
-    cfg.OUTPUT_DIR = ""
-    write_run_record(cfg)
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    for address in ("", "s3://bucket/out"):
+        cfg.OUTPUT_DIR = address
+        write_run_record(cfg)
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_nothing_is_written_when_the_run_cannot_start(cfg: CfgNode, tmp_path: Path) -> None:
