@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from tests.toys import distiller_cfg, save_noise, save_teacher
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "recorded.py"
 PERIOD, KILLED, LENGTH = 4, 7, 10
-EVENTS = ("loss_cls", "loss_box_reg", "total_loss")
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +43,51 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "toy.yaml"
 
 
-def train(config: Path, out: Path, losses: Path, *words: str, killed: bool = False) -> str:
-    opts = words[words.index("--opts") + 1 :] if "--opts" in words else ()
-    own = words[: words.index("--opts")] if "--opts" in words else words
-    command = [sys.executable, str(SCRIPT), str(config), str(losses), *own]
-    command += ["--opts", "OUTPUT_DIR", str(out), *opts]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FVCORE_CACHE": str(out / "cache")}
+def train(
+    config: Path, out: Path, name: str, case: "Case", *words: str, killed: bool = False
+) -> dict[int, dict[str, float]]:
+    """The losses of every step of a run into the folder ``out``."""
+    losses = out.parent / f"{name}.txt"
+    command = [sys.executable, *case.launcher, str(SCRIPT), str(config), str(losses), *words]
+    command += ["--opts", "OUTPUT_DIR", str(out), *case.opts]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    expected = -9 if killed else 0
-    assert child.returncode == expected, child.stdout[-3000:] + child.stderr[-3000:]
-    return child.stdout + child.stderr
-
-
-def recorded(path: Path) -> dict[int, dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (child.returncode != 0) == killed, child.stdout[-3000:] + child.stderr[-3000:]
+    rows = [json.loads(line) for line in losses.read_text().splitlines()]
     assert len({i for i, _ in rows}) == len(rows)
     return dict(rows)
 
 
+@dataclass(frozen=True)
+class Case:
+    opts: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ("loss_cls", "loss_box_reg", "loss_kd_fpn", "loss_kd_logits")
+
+
 CASES = {
-    "distilled": (),
-    "plain, in the sampler's order": (
-        "--opts", "KD.ENABLED", "False", "DATALOADER.ASPECT_RATIO_GROUPING", "False",
+    "distilled": Case(),
+    "plain, in the sampler's order": Case(
+        ("KD.ENABLED", "False", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+        losses=("loss_cls", "loss_box_reg"),
     ),
-}  # fmt: skip
+    "two processes": Case(
+        ("SOLVER.IMS_PER_BATCH", "4"),
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    ),
+}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, case):
-    words = CASES[case]
-    train(config, tmp_path / "whole", tmp_path / "whole.txt", *words)
-    train(config, tmp_path / "cut", tmp_path / "cut.txt", "--kill-at", str(KILLED), *words,
-          killed=True)  # fmt: skip
-    train(config, tmp_path / "cut", tmp_path / "resumed.txt", "--seed", "99", *words)
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, name):
+    case = CASES[name]
+    whole = train(config, tmp_path / "whole", "whole", case)
+    cut = train(config, tmp_path / "cut", "cut", case, "--kill-at", str(KILLED), killed=True)
+    resumed = train(config, tmp_path / "cut", "resumed", case, "--seed", "99")
 
-    whole, cut = recorded(tmp_path / "whole.txt"), recorded(tmp_path / "cut.txt")
-    resumed = recorded(tmp_path / "resumed.txt")
-    expected = {*EVENTS, *(() if words else ("loss_kd_fpn", "loss_kd_logits"))}
-    assert expected <= set(whole[0])
+    assert {*case.losses, "total_loss"} == set(whole[0])
     assert len({row["total_loss"] for row in whole.values()}) == LENGTH  # or anything would do
     assert cut == {i: whole[i] for i in range(KILLED)}
     assert resumed == {i: whole[i] for i in range(PERIOD, LENGTH)}

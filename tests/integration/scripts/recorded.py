@@ -5,6 +5,7 @@ Train the config of argv[1] in this process, with every step's losses written to
 
 Losses are read from the EventStorage, where Detectron2 puts every value that it logs; a line is on
 disk before the next step begins. With --kill-at the process dies without warning at that step.
+Runs under torchrun too; the main process writes.
 """
 
 import kd_det  # isort: skip
@@ -17,9 +18,10 @@ import signal
 import torch
 from detectron2.config import get_cfg
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from kd_det.engine import Trainer
+from kd_det.engine import Trainer, launch
 
 # TorchScript's profiling executor makes the first calls of a process different from later ones.
 torch._C._jit_set_profiling_executor(False)
@@ -35,6 +37,8 @@ class Record(HookBase):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def after_step(self) -> None:
+        if not comm.is_main_process():
+            return
         losses = {k: v[0] for k, v in self.trainer.storage.latest().items() if "loss" in k}
         with open(self.path, "a") as f:
             f.write(json.dumps([self.trainer.iter, losses]) + "\n")
@@ -42,7 +46,7 @@ class Record(HookBase):
             os.fsync(f.fileno())
 
 
-def main() -> None:
+def main(_: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("losses")
@@ -55,7 +59,7 @@ def main() -> None:
     cfg.merge_from_file(args.config)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
-    seed_all_rng(args.seed)
+    seed_all_rng(args.seed + comm.get_rank())
     trainer = Trainer(cfg)
     trainer.register_hooks([Record(args.losses, args.kill_at)])
     trainer.resume_or_load(resume=True)
@@ -63,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, argparse.Namespace(num_gpus=0))
