@@ -149,6 +149,6 @@ def stall(rank: int) -> None:
 
 
 def test_the_harness_notices_a_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.distributed.test_ddp.SECONDS", 8)
+    monkeypatch.setattr("tests.distributed.test_ddp.SECONDS", 15)
     with pytest.raises(AssertionError, match=r"ranks \[0\] stalled|Connection"):
         spawned(stall, tmp_path)
