@@ -45,7 +45,7 @@ class CWD(LevelwiseTerm):
     ) -> None:
         super().__init__(**levelwise)
         if not 0 < tau < float("inf"):
-            raise ValueError(f"CWD needs a temperature tau > 0, but got {tau}.")
+            raise ValueError(f"CWD needs a finite temperature tau > 0, but got {tau}.")
         if channel_weight not in _CHANNEL_WEIGHTS:
             raise ValueError(
                 f"CWD's channel_weight is one of {', '.join(_CHANNEL_WEIGHTS)}, but got "
