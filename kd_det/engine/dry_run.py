@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kd_det.distiller import Distiller
+from kd_det.engine.teacher_ap import check_gates
 from kd_det.plan import plan_table
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ _MIB = 2**20
 
 def dry_run(cfg: CfgNode) -> str:
     """
-    Everything of a run before its second step: datasets, model, teacher's weights, inheritance,
-    one batch forward and backward. Nothing is written and nothing is updated.
+    Everything of a run before its second step: datasets, model, teacher's weights and gate,
+    inheritance, one batch forward and backward. Nothing is written and nothing is updated.
 
     Args:
         cfg: the config of the run.
@@ -44,6 +45,7 @@ def dry_run(cfg: CfgNode) -> str:
         losses, peak = measure_step(model, batch)
         return _report(["KD.ENABLED is False: this is the plain student."], losses, peak, None)
     model.on_start = None  # student.yaml belongs to runs
+    check_gates(cfg, model)
     model.prepare()
     images = model.student.preprocess_image(batch).tensor  # type: ignore[operator]
     n, _, h, w = images.shape
