@@ -16,7 +16,7 @@ from tests.toys import save_teacher
 
 
 @META_ARCH_REGISTRY.register()
-class OracleRetinaNet(RetinaNet):
+class Oracle(RetinaNet):
     """
     A toy RetinaNet whose predictions are the annotations of ``json_file``.
 
@@ -94,7 +94,7 @@ def save_oracle(
     config, weights = save_teacher(folder, **{"classes": len(CLASSES), "fpn": 16, **kwargs})
     cfg = get_cfg()
     cfg.merge_from_file(config)
-    cfg.MODEL.META_ARCHITECTURE = "OracleRetinaNet"
+    cfg.MODEL.META_ARCHITECTURE = "Oracle"
     cfg.DATASETS.TRAIN = trained_on
     Path(config).write_text(cfg.dump())
     return config, weights

@@ -38,7 +38,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "student": (
         "KD.STUDENT.META_ARCHITECTURE RetinaNett",
-        ("KD.STUDENT.META_ARCHITECTURE is 'RetinaNett'", "Did you mean 'RetinaNet'?"),
+        ("KD.STUDENT.META_ARCHITECTURE is 'RetinaNett'", "Did you mean 'RetinaNet'"),
     ),
     # Unknown keys.
     "KD key": ("KD.LOGPERIOD 3", (CMD, "no config key KD.LOGPERIOD", "mean 'LOG_PERIOD'?")),

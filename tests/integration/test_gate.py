@@ -25,7 +25,7 @@ from kd_det.engine import (
 from kd_det.sources import Teacher
 from tests import oracle, toys
 from tests.distributed.test_ddp import spawned
-from tests.oracle import OracleRetinaNet
+from tests.oracle import Oracle
 from tests.steps import FPN
 
 assert kd_det
@@ -47,7 +47,7 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fresh(json_file, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    OracleRetinaNet.reset(json_file)
+    Oracle.reset(json_file)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_the_gap_is_in_metrics_json_and_the_best_checkpoint_is_the_student(cfg, 
         for key in classes:
             name = key.split("/")[-1]
             assert row[key] == pytest.approx(100 - row[f"bbox/{name}"])
-    assert len(OracleRetinaNet.seen) == IMAGES  # once
+    assert len(Oracle.seen) == IMAGES  # once
     assert caplog.text.count("| class") == 2
     best = torch.load(Path(cfg.OUTPUT_DIR) / "model_best.pth", weights_only=False)
     assert set(best["model"]) == set(build_model(student_config(cfg)).state_dict())
@@ -115,7 +115,7 @@ def test_several_test_sets(cfg, json_file, tmp_path):
         teacher, student = row[f"kd/teacher/{name}/bbox/AP"], row[f"{name}/bbox/AP"]
         assert teacher == pytest.approx(100)
         assert row[f"kd/teacher/gap/{name}/bbox/AP"] == pytest.approx(teacher - student)
-    assert len(OracleRetinaNet.seen) == IMAGES + 2
+    assert len(Oracle.seen) == IMAGES + 2
 
 
 @pytest.mark.parametrize("key", ["KD.EVAL_TEACHER", "KD.ENABLED"])
@@ -123,13 +123,13 @@ def test_switched_off(cfg, key):
     cfg.merge_from_list([key, "False"])
     Trainer(cfg).train()
     assert not [k for row in metrics(cfg).values() for k in row if "kd/teacher" in k]
-    assert not OracleRetinaNet.seen
+    assert not Oracle.seen
 
 
 def test_evaluation_alone_never_touches_the_teacher(cfg):
     cfg.merge_from_list(["KD.SOURCES.TEACHER.WEIGHTS", "gone.pth"])
     assert "AP" in Trainer.test(cfg, build_model(cfg))["bbox"]
-    assert not OracleRetinaNet.seen
+    assert not Oracle.seen
 
 
 def standing(cfg):
@@ -171,7 +171,7 @@ def test_only_a_new_evaluation_is_followed(hook, tmp_path):
     shutil.rmtree(tmp_path / "cache")  # a run remembers by itself
     hook.after_train()
     assert scalars(hook)["kd/teacher/gap/bbox/AP"] == pytest.approx(40)
-    assert len(OracleRetinaNet.seen) == IMAGES
+    assert len(Oracle.seen) == IMAGES
 
 
 def test_a_released_teacher_still_has_an_ap(hook):
@@ -201,7 +201,7 @@ def test_what_cannot_be_compared_is_left_out(hook, caplog, weights, evaluation, 
         hook.after_step()
     assert not scalars(hook)
     assert caplog.text.count(sentence) == 1
-    assert not OracleRetinaNet.seen
+    assert not Oracle.seen
 
 
 def gated(cfg, min_ap, images=2):
@@ -214,13 +214,13 @@ def gated(cfg, min_ap, images=2):
 def test_a_good_teacher_passes(cfg, caplog):
     distiller = gated(cfg, 99)
     check_gates(cfg, distiller)
-    assert [x["image_id"] for x in OracleRetinaNet.seen] == [1, 2]
+    assert [x["image_id"] for x in Oracle.seen] == [1, 2]
     distiller.prepare()
     assert "has not been checked" not in caplog.text
 
 
 def test_a_bad_teacher_is_refused(cfg, files):
-    OracleRetinaNet.blind = (1,)
+    Oracle.blind = (1,)
     distiller = gated(cfg, 99)
     with pytest.raises(ValueError, match=r"first 2 images of 'gate_val'") as e:
         check_gates(cfg, distiller)
@@ -229,13 +229,13 @@ def test_a_bad_teacher_is_refused(cfg, files):
 
 
 def test_a_refused_teacher_trains_nothing(cfg):
-    OracleRetinaNet.blind = (1, 2)
+    Oracle.blind = (1, 2)
     gated(cfg, 99)
     trainer = Trainer(cfg)
     with pytest.raises(ValueError, match=r"Source 'teacher' has a box AP of 0\.0"):
         trainer.train()
     assert not list(Path(cfg.OUTPUT_DIR).glob("*.pth"))
-    assert len(OracleRetinaNet.seen) == 2
+    assert len(Oracle.seen) == 2
 
 
 def test_a_random_teacher_is_refused(cfg, tmp_path):
@@ -249,7 +249,7 @@ def test_a_random_teacher_is_refused(cfg, tmp_path):
 def test_no_gate_runs_nothing(cfg):
     cfg.DATASETS.TEST = ()
     check_gates(cfg, build_model(cfg))
-    assert not OracleRetinaNet.seen
+    assert not Oracle.seen
 
 
 def test_a_gate_needs_a_dataset(cfg):
@@ -265,13 +265,13 @@ def test_a_gate_needs_a_dataset(cfg):
 def measure(rank, files, dataset, kwargs):
     """On each of two processes: the AP, whose images were read, the gap, what a gate says."""
     oracle.make_dataset(Path(dataset), "gate", **kwargs)
-    OracleRetinaNet.reset(str(Path(dataset) / "annotations" / "instances_val.json"))
-    OracleRetinaNet.shift = 3.0
+    Oracle.reset(str(Path(dataset) / "annotations" / "instances_val.json"))
+    Oracle.shift = 3.0
     cfg = toys.distiller_cfg(files, FPN, classes=6)
     cfg.DATASETS.TEST = (VAL,)
     teacher = Teacher(config_file=files[0], weights=files[1], min_ap=100.0, gate_images=3)
     found = evaluate_teacher(cfg, teacher, VAL, images=3)
-    images = [x["image_id"] for x in OracleRetinaNet.seen]
+    images = [x["image_id"] for x in Oracle.seen]
     hook = standing(cfg)
     hook.trainer._last_eval_results = results() if rank == 0 else {}  # as Detectron2 has it
     hook.after_step()
@@ -290,7 +290,7 @@ def test_all_processes_measure_and_refuse_together(files, json_file, tmp_path):
         json.loads((Path(json_file).parents[1] / "dataset.json").read_text()),
     )
     del kwargs["format"]
-    OracleRetinaNet.shift = 3.0
+    Oracle.shift = 3.0
     teacher = Teacher(config_file=files[0], weights=files[1])
     alone = evaluate_teacher(toys.toy_cfg(), teacher, VAL, images=3)
     (tmp_path / "cache" / "kd_det").rename(tmp_path / "cache" / "elsewhere")

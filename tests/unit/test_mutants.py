@@ -113,7 +113,7 @@ def test_loss(monkeypatch, name):
 
 LEVELS = {
     "drop a level": (
-        ("for pair in self.pairs:\n            level", "for pair in self.pairs[1:]:\n            level"),
+        ("in self.pairs:\n            level", "in self.pairs[1:]:\n            level"),
         cwd.test_every_level_counts,
     ),
     "the first level's map for all": (

@@ -15,7 +15,7 @@ from kd_det.engine.teacher_ap import check_gate, match_classes
 from kd_det.engine.teacher_gap import gap
 from kd_det.sources import Teacher
 from tests import oracle, toys
-from tests.oracle import OracleRetinaNet
+from tests.oracle import Oracle
 from tests.steps import exactly, rng_unchanged
 
 VAL = "teacher_ap_val"
@@ -30,7 +30,7 @@ def json_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fresh(json_file, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    OracleRetinaNet.reset(json_file)
+    Oracle.reset(json_file)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def trained_on(names, tmp_path, json_file, dataset="teacher_ap_other"):
         content["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
 
     oracle.altered_dataset(json_file, dataset, tmp_path, renumber)
-    OracleRetinaNet.order = tuple(names)
+    Oracle.order = tuple(names)
     folder = tmp_path / "trained_on"
     return oracle.save_oracle(folder, trained_on=(dataset,), classes=len(names))
 
@@ -62,12 +62,12 @@ def trained_on(names, tmp_path, json_file, dataset="teacher_ap_other"):
 def test_who_finds_everything_has_100(cfg, files):
     results = evaluate_teacher(cfg, oracle_teacher(files), VAL)
     assert results["bbox/AP"] == pytest.approx(100)
-    assert len(OracleRetinaNet.seen) == 8
+    assert len(Oracle.seen) == 8
     assert results["bbox/AP-circle"] == pytest.approx(100)
 
 
 def test_who_finds_nothing_has_0(cfg, files):
-    OracleRetinaNet.blind = tuple(range(1, 9))
+    Oracle.blind = tuple(range(1, 9))
     results = evaluate_teacher(cfg, oracle_teacher(files), VAL)
     assert set(results.values()) == {0.0}
     assert "bbox/AP-circle" in results
@@ -79,16 +79,16 @@ def test_only_the_first_images_are_read_and_scored(cfg, files, json_file, tmp_pa
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 4]
 
     oracle.altered_dataset(json_file, "teacher_ap_cut", tmp_path, cut)
-    OracleRetinaNet.shift = 3.0
+    Oracle.shift = 3.0
     first = evaluate_teacher(cfg, oracle_teacher(files), VAL, images=4)
-    assert [x["image_id"] for x in OracleRetinaNet.seen] == [1, 2, 3, 4]
+    assert [x["image_id"] for x in Oracle.seen] == [1, 2, 3, 4]
     assert 10 < first["bbox/AP"] < 90
     assert first == evaluate_teacher(cfg, oracle_teacher(files), "teacher_ap_cut")
     assert first != evaluate_teacher(cfg, oracle_teacher(files), VAL)
 
 
 def test_classes_are_matched_by_name(cfg, files, json_file, tmp_path):
-    OracleRetinaNet.shift, OracleRetinaNet.missed = 3.0, ("circle",)
+    Oracle.shift, Oracle.missed = 3.0, ("circle",)
     expected = evaluate_teacher(cfg, oracle_teacher(files), VAL)
     order = CLASSES[2:] + CLASSES[:2]
     permuted = trained_on(order, tmp_path, json_file)
@@ -104,7 +104,7 @@ def test_the_cache_knows_what_the_classes_were_taken_for(cfg, json_file, tmp_pat
     trained_on(CLASSES[::-1], tmp_path, json_file, "teacher_ap_late")  # registers it
     results = evaluate_teacher(cfg, oracle_teacher(unnamed), VAL, images=1)
     assert results["bbox/AP"] == pytest.approx(100)
-    assert len(OracleRetinaNet.seen) == 2
+    assert len(Oracle.seen) == 2
 
 
 def test_classes_of_one_side_count_for_nothing(cfg, json_file, tmp_path):
@@ -136,9 +136,9 @@ def test_match_classes():
 
 def test_the_teacher_has_its_own_mapper(cfg, files, tmp_path):
     def image_of(teacher):
-        OracleRetinaNet.seen.clear()
+        Oracle.seen.clear()
         evaluate_teacher(cfg, teacher, VAL, images=1)
-        return OracleRetinaNet.seen[0]["image"]
+        return Oracle.seen[0]["image"]
 
     cfg.INPUT.MIN_SIZE_TEST = 32  # the student's
     bgr = image_of(oracle_teacher(files))
@@ -189,7 +189,7 @@ def test_the_second_call_runs_nothing(cfg, files, caplog):
         first = evaluate_teacher(cfg, oracle_teacher(files), VAL, images=3)
         again = evaluate_teacher(cfg, oracle_teacher(files), VAL, images=3, name="big")
     assert again == first
-    assert len(OracleRetinaNet.seen) == 3
+    assert len(Oracle.seen) == 3
     assert "Teacher 'teacher': AP 100.0 on the first 3 images of teacher_ap_val\n" in caplog.text
     assert "Teacher 'big': AP 100.0 on the first 3 images of teacher_ap_val (cached)" in caplog.text
 
@@ -208,7 +208,7 @@ def _other_config(files, tmp_path):
 def test_another_teacher_is_another_entry(cfg, files, tmp_path, change):
     evaluate_teacher(cfg, oracle_teacher(files), VAL, images=1)
     evaluate_teacher(cfg, oracle_teacher(change(files, tmp_path)), VAL, images=1)
-    assert len(OracleRetinaNet.seen) == 2
+    assert len(Oracle.seen) == 2
 
 
 def test_so_are_other_annotations_another_order_and_another_model(cfg, files, json_file, tmp_path):
@@ -218,14 +218,14 @@ def test_so_are_other_annotations_another_order_and_another_model(cfg, files, js
     for step, change in enumerate([len, move], start=1):  # len changes nothing
         oracle.altered_dataset(json_file, "teacher_ap_moved", tmp_path, change)
         evaluate_teacher(cfg, oracle_teacher(files), "teacher_ap_moved", images=1)
-        assert len(OracleRetinaNet.seen) == step
+        assert len(Oracle.seen) == step
     evaluate_teacher(cfg, oracle_teacher(files, input_format="RGB"), VAL, images=1)
-    assert len(OracleRetinaNet.seen) == 3
+    assert len(Oracle.seen) == 3
     model = oracle_teacher(files).detector()
     for threshold in (0.05, 0.5, 0.5):
         model.test_score_thresh = threshold
         evaluate_teacher(cfg, Teacher(model=model), VAL, images=1)
-    assert len(OracleRetinaNet.seen) == 5
+    assert len(Oracle.seen) == 5
 
 
 @pytest.mark.parametrize("content", ["", '{"bbox/AP": ', "[1]", '{"bbox/AP": "x"}'])
@@ -234,7 +234,7 @@ def test_a_damaged_cache_is_computed_again(cfg, files, tmp_path, content):
     (entry,) = (tmp_path / "cache" / "kd_det").iterdir()
     entry.write_text(content)
     assert evaluate_teacher(cfg, oracle_teacher(files), VAL, images=1) == first
-    assert len(OracleRetinaNet.seen) == 2
+    assert len(Oracle.seen) == 2
     assert json.loads(entry.read_text()) == first
     assert list(entry.parent.iterdir()) == [entry]
 
@@ -251,20 +251,20 @@ def test_an_unwritable_cache_is_a_log_line(cfg, files, tmp_path, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(cfg, files, monkeypatch, tmp_path):
-    OracleRetinaNet.shift = 3.0
+    Oracle.shift = 3.0
     expected = evaluate_teacher(cfg, oracle_teacher(files), VAL)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "another"))
     moved = oracle_teacher(files, precision="float16").to("cuda")
     moved.prepare(("features",))
     assert moved.detector().device.type == "cuda"
     assert evaluate_teacher(cfg, moved, VAL) == expected
-    assert len(OracleRetinaNet.seen) == 16
+    assert len(Oracle.seen) == 16
 
 
 def test_no_random_state_is_changed(cfg, files):
     with rng_unchanged():
         evaluate_teacher(cfg, oracle_teacher(files), VAL, images=2)
-    assert OracleRetinaNet.seen
+    assert Oracle.seen
 
 
 @pytest.mark.parametrize(
@@ -294,8 +294,8 @@ def test_the_gate_of_a_plain_loop(files):
     good = oracle_teacher(files, min_ap=30.0, gate_images=2)
     check_gate(None, good, VAL)
     assert good.ap_checked
-    assert len(OracleRetinaNet.seen) == 2
-    OracleRetinaNet.blind = (1, 2, 3)
+    assert len(Oracle.seen) == 2
+    Oracle.blind = (1, 2, 3)
     bad = oracle_teacher(files, min_ap=30.0, gate_images=3)
     with pytest.raises(
         ValueError, match=r"Source 'big' has a box AP of 0\.0 on the first 3 images"
