@@ -116,9 +116,10 @@ class ResumableLoader:
             self.drawn += 1
             bucket = self._waiting[self._bucket(sample[2])]
             bucket.append(sample)
-            if len(bucket) == self.batch_size:
-                batch = [image for _, _, image in bucket]
-                bucket.clear()  # before it is handed out: the consumer may stop, or save
+            while len(bucket) >= self.batch_size:  # more, if batches were larger before a resume
+                batch = [image for _, _, image in bucket[: self.batch_size]]
+                # Before it is handed out: the consumer may stop, or save.
+                del bucket[: self.batch_size]
                 collated = self.collate(batch)
                 if collated is not None:  # by which a mapping of Detectron2's leaves one out
                     yield collated

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from kd_det.detectors import running_values, set_running_values
 from kd_det.engine.loader import ResumableLoader
 from kd_det.kd_state import KDStateMixin
-from kd_det.rng import get_rng_state, set_rng_state
+from kd_det.rng import get_rng_state, preserved_rng, seed_rng, set_rng_state
 from kd_det.sources.weights_file import check_whole
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ class RunState:
         for iteration in range(start, max_iter):
             run.before_step()
             ...            # the step
-            run.gather()   # every process, when the main one is about to save
+            with run.aside(iteration):
+                ...           # evaluation, PreciseBN
+                run.gather()  # every process, when the main one is about to save
 
     For every process: random states (Python, NumPy, CPU, its GPU), the position in the data, and
     what the student keeps outside of its state_dict (RetinaNet's ``loss_normalizer``). A run that
@@ -49,6 +53,24 @@ class RunState:
         self.loader = loader
         self._gathered: list[Any] = []
         self._loaded: dict[str, Any] | None = None
+        self._kept: dict[str, Any] | None = None  # as the last step left it
+
+    @contextmanager
+    def aside(self, iteration: int) -> Iterator[None]:
+        """
+        Around what is done after a step: the random numbers that it draws, and the model's running
+        values that it changes (PreciseBN trains without gradients), reach neither the next step
+        nor what is saved meanwhile or at the end of the run.
+
+        The numbers are other ones at every iteration, and those of an iteration are the same in a
+        resumed run.
+        """
+        self._kept = {"rng": get_rng_state(), "model": running_values(self.model)}
+        model = self._kept["model"]
+        with preserved_rng():
+            seed_rng(f"{torch.initial_seed()} {iteration}")
+            yield
+        set_running_values(self.model, model)
 
     def gather(self) -> None:
         """
@@ -90,7 +112,7 @@ class RunState:
 
     def before_step(self) -> None:
         """Set the random states of the checkpoint, once, right before the first step."""
-        self._gathered = []
+        self._gathered, self._kept = [], None
         if self._loaded is None:
             return
         set_running_values(self.model, self._loaded["model"])
@@ -99,7 +121,8 @@ class RunState:
         self._loaded = None
 
     def _own(self) -> dict[str, Any]:
-        state = self._loaded  # not taken up yet, where a run is saved before its first step
+        # What was loaded is not taken up yet where a run is saved before its first step.
+        state = self._loaded or self._kept
         return {
             "rng": get_rng_state() if state is None else state["rng"],
             "model": running_values(self.model) if state is None else state["model"],

@@ -23,7 +23,6 @@ from kd_det.engine.resume import RunState, check_last_checkpoint
 from kd_det.engine.teacher_ap import check_gates
 from kd_det.engine.teacher_gap import TeacherGap
 from kd_det.kd_state import KDState
-from kd_det.rng import preserved_rng
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +130,18 @@ class TrainerMixin:
             )
         super().resume_or_load(resume=resume)  # type: ignore[misc]
 
+    def before_step(self) -> None:
+        """The hooks; before the first step a resumed run takes up the checkpoint's states."""
+        self._run_state.before_step()
+        super().before_step()  # type: ignore[misc]
+
     def run_step(self) -> None:
         """
-        One step; the first of a resumed run takes up the random states of the checkpoint.
+        One step.
 
         Raises:
             FloatingPointError: if a loss is not finite, before the weights are changed.
         """
-        self._run_state.before_step()
         try:
             super().run_step()  # type: ignore[misc]
         except FloatingPointError as e:
@@ -151,7 +154,7 @@ class TrainerMixin:
 
     def after_step(self) -> None:
         """The hooks; what they draw does not reach the next step."""
-        with preserved_rng():
+        with self._run_state.aside(self.iter):
             super().after_step()  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:

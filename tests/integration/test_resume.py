@@ -23,8 +23,9 @@ PERIOD, KILLED, LENGTH = 4, 7, 10
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
-    A distilled toy with connectors, BatchNorm, random sizes and flips, aspect-ratio groups, an
-    evaluation in between, a schedule, and no SEED: nothing repeats but what is saved.
+    A distilled toy with connectors, BatchNorm, random sizes and flips, aspect-ratio groups,
+    PreciseBN and an evaluation in between, a schedule, and no SEED: nothing repeats but what is
+    saved.
     """
     folder = tmp_path_factory.mktemp("config")
     terms = {
@@ -39,6 +40,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg.SOLVER.MAX_ITER = LENGTH
     cfg.SOLVER.CHECKPOINT_PERIOD = PERIOD
     cfg.TEST.EVAL_PERIOD = PERIOD
+    # It draws images, and trains without gradients, before each checkpoint is written.
+    cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
     (folder / "toy.yaml").write_text(cfg.dump())
     return folder / "toy.yaml"
 
@@ -93,6 +96,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, name):
     assert resumed == {i: whole[i] for i in range(PERIOD, LENGTH)}
 
     final = [torch.load(tmp_path / run / "model_final.pth") for run in ("whole", "cut")]
+    for saved in final:  # "Note that this could produce different statistics every time."
+        for key in [k for k in saved["model"] if "running_" in k]:
+            del saved["model"][key]
     for part in ("model", "kd", "run"):
         if part in final[0]:
             torch.testing.assert_close(

@@ -104,6 +104,24 @@ def test_a_state_that_was_not_started_is_saved_again():
     assert [i for i, _ in again["waiting"]] == [i for i, _ in state["waiting"]]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_run_may_resume_with_smaller_batches(size):
+    waited = set()
+    for stop in range(1, 12):
+        larger, smaller = (ResumableLoader.of(stock()) for _ in range(2))
+        larger.batch_size, smaller.batch_size = 4, size
+        take(iter(larger), stop)
+        smaller.load_state_dict(larger.state_dict())
+        waited.add(len(larger.state_dict()["waiting"]))
+        batches = iter(smaller)
+        found = indices([next(batches) for _ in range(12)])
+        assert {len(batch) for batch in found} == {size}
+        # A group that holds more than a batch goes on, and for itself.
+        assert {SHAPES[i][0] > SHAPES[i][1] for i, *_ in found} == {True, False}
+        assert all(len({SHAPES[i][0] > SHAPES[i][1] for i in batch}) == 1 for batch in found)
+    assert max(waited) == 3  # as many as a group can hold
+
+
 @pytest.mark.parametrize("group", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_with_workers_the_indices_go_on(group, workers):

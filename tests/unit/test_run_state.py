@@ -68,6 +68,39 @@ def test_saved_before_its_first_step_a_resumed_run_is_where_it_was(tmp_path):
     assert again["ranks"][0]["loader"]["drawn"] == 4
 
 
+def test_what_is_done_aside_reaches_neither_the_next_step_nor_a_checkpoint():
+    student = build_model(toy_cfg())
+    run = RunState(student, None)
+    step(student, 0)
+    value, state = student.loss_normalizer, torch.get_rng_state()
+    with run.aside(0):
+        drawn()
+        step(student, 0)  # as PreciseBN does
+        saved = run.state_dict()["ranks"][0]
+    assert student.loss_normalizer == value == saved["model"]["loss_normalizer"]
+    for found in (torch.get_rng_state(), saved["rng"]["torch"]):
+        assert torch.equal(found, state)
+    drawn()  # the end of a run evaluates, and saves, once more
+    assert torch.equal(run.state_dict()["ranks"][0]["rng"]["torch"], state)
+    run.before_step()
+    assert not torch.equal(run.state_dict()["ranks"][0]["rng"]["torch"], state)
+
+
+def test_numbers_drawn_aside_are_new_at_every_iteration_and_come_again_in_a_resumed_run():
+    run = RunState(nn.Identity(), None)
+    state, numbers = run.state_dict(), {}
+    for iteration in range(3):
+        with run.aside(iteration):
+            numbers[iteration] = drawn()
+    assert all(len(set(of_one_kind)) == 3 for of_one_kind in zip(*numbers.values(), strict=True))
+    torch.manual_seed(9)
+    resumed = RunState(nn.Identity(), None)
+    resumed.load_state_dict(state)
+    resumed.before_step()
+    with resumed.aside(2):
+        assert drawn() == numbers[2]
+
+
 @pytest.mark.parametrize("build", [lambda: build_model(toy_cfg()), toy_fcos])
 def test_loss_normalizer_goes_along(build, tmp_path):
     student = build()
