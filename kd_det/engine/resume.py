@@ -180,16 +180,16 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
             f"run's student, {len(missing)} are not in '{path}' and {len(shapes)} have another "
             f"shape ({example}). {_ANOTHER_RUN}"
         )
-    metadata = getattr(found["model"], "_metadata", {})
-    has_kd = "kd" in found or "kd" in metadata.get("", {})
-    if distilled != has_kd:
+    # Without KDState in the checkpointer it is metadata of the student.
+    kd = found.get("kd") or getattr(found["model"], "_metadata", {}).get("", {}).get("kd")
+    if distilled != (kd is not None):
         now, then = ("with", "without") if distilled else ("without", "with")
         raise ValueError(
             f"The folder holds the checkpoint of another run: '{path}' was written {then} "
             f"distillation, this run is {now} (KD.ENABLED is {distilled}). {_ANOTHER_RUN}"
         )
-    if isinstance(model, KDStateMixin) and "kd" in found:
-        _check_plan(found["kd"]["plan"], model.kd_state_dict()["plan"], path)
+    if isinstance(model, KDStateMixin) and kd is not None:
+        _check_plan(kd["plan"], model.kd_state_dict()["plan"], path)
 
 
 def _check_plan(saved: str, wanted: str, path: str) -> None:

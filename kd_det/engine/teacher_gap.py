@@ -30,7 +30,8 @@ class TeacherGap(HookBase):
     The teacher is evaluated once per run and dataset, beside the student's first evaluation (see
     `evaluate_teacher` for the cache between runs). What cannot be compared is left out with one
     line in the log. It stands behind `EvalHook` and before `PeriodicWriter`, on all processes, in a
-    trainer that keeps ``_last_eval_results`` as `DefaultTrainer` does.
+    trainer that keeps ``_last_eval_results`` as `DefaultTrainer` does. The other processes may have
+    no results, where the evaluation is one of ``TEST.EVAL_PERIOD`` or the last.
 
     Args:
         cfg: of the run; without ``KD.EVAL_TEACHER`` the hook does nothing.
@@ -47,16 +48,19 @@ class TeacherGap(HookBase):
         self._seen = getattr(self.trainer, "_last_eval_results", None)
 
     def after_step(self) -> None:  # noqa: D102  # as in the base
-        self._follow()
+        done, period = self.trainer.iter + 1, self._cfg.TEST.EVAL_PERIOD
+        self._follow(due=period > 0 and done % period == 0)
 
     def after_train(self) -> None:
         """After the last evaluation, which a failed training does not have."""
         if self.trainer.iter + 1 >= self.trainer.max_iter:
-            self._follow()
+            self._follow(due=True)
 
-    def _follow(self) -> None:
+    def _follow(self, *, due: bool) -> None:
         latest = getattr(self.trainer, "_last_eval_results", None)
-        if latest is self._seen or not self._enabled:
+        is_new = latest is not self._seen
+        # Where only the main process evaluates, None follows None on the others.
+        if not self._enabled or not (is_new or due):
             return
         self._seen = latest
         teachers = {
@@ -70,7 +74,9 @@ class TeacherGap(HookBase):
             return
         student = _boxes(latest, self._cfg.DATASETS.TEST)
         # Only the main process has results, and all must evaluate the teacher.
-        datasets = comm.all_gather(list(student))[0]
+        is_new, datasets = comm.all_gather((is_new, list(student)))[0]
+        if not is_new:
+            return
         if not datasets:
             self._say("The evaluation has no box AP: there is nothing to compare a teacher with.")
         for name, teacher in teachers.items():

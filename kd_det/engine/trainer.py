@@ -43,7 +43,7 @@ class TrainerMixin:
     * Evaluations report the teacher's AP and the gap per class, see `TeacherGap`.
     * A loss that is not finite names the term and level.
     * Hooks that draw random numbers after a step (evaluation, PreciseBN) do not change the run.
-    * It trains on several CPU processes.
+    * It trains on several CPU processes; there a constructor behind the mixin is not called.
 
     Without a Distiller (``KD.ENABLED: False``) only the general parts apply.
     """
@@ -55,11 +55,20 @@ class TrainerMixin:
     iter: int
     max_iter: int
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if DefaultTrainer in order[: order.index(TrainerMixin)]:
+            raise TypeError(
+                f"{cls.__name__} has TrainerMixin behind DefaultTrainer, where it has no effect: "
+                f"class {cls.__name__}(kd_det.TrainerMixin, ...)."
+            )
+
+    def __init__(self, cfg: CfgNode, *args: Any, **kwargs: Any) -> None:
         if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu":
             self._init_on_cpus(cfg)
-        else:
-            super().__init__(cfg)  # type: ignore[call-arg]  # DefaultTrainer comes behind
+        else:  # DefaultTrainer comes behind, maybe after one of yours with more arguments
+            super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         self.checkpointer.path_manager = AtomicPaths(self.checkpointer.path_manager)
         self._run_state = RunState(self.model, self._install_loader())
         self.checkpointer.add_checkpointable("run", self._run_state)
@@ -111,7 +120,11 @@ class TrainerMixin:
         """The stock hooks, and ours in their places among them."""
         stock: list[HookBase] = super().build_hooks()  # type: ignore[misc]
         # Writers come last, after what they write; states are gathered before the first save.
-        _insert_before(stock, (hooks.PeriodicWriter,), [TeacherGap(self.cfg), _Flush()])
+        # Only the main process has one, so it is no place for what all processes do together.
+        behind = [i + 1 for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook)]
+        at = behind[-1] if behind else len(stock)
+        stock[at:at] = [TeacherGap(self.cfg)]
+        _insert_before(stock, (hooks.PeriodicWriter,), [_Flush()])
         _insert_before(stock, (hooks.PeriodicCheckpointer, hooks.EvalHook), [_Gather()])
         return stock
 
@@ -164,12 +177,16 @@ class TrainerMixin:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The counterpart of `state_dict`; a checkpoint without the inner state is accepted."""
-        super().load_state_dict(state)  # type: ignore[misc]
-        if "_trainer" in state:
-            self._trainer.load_state_dict(state["_trainer"])
-        else:
-            logger.warning("The checkpoint has no optimizer state: momentum starts from zero.")
+        """
+        The counterpart of `state_dict`; what a checkpoint has not (the optimizer, of Detectron2
+        0.6; the scaler, of a run without AMP) starts anew.
+        """
+        own, saved = self._trainer.state_dict(), state.get("_trainer", {})
+        if missing := sorted(own.keys() - saved.keys()):
+            logger.warning("The checkpoint has no state of %s: it starts anew.", ", ".join(missing))
+        inner = {**own, **saved}
+        super().load_state_dict({**state, "_trainer": inner})  # type: ignore[misc]
+        self._trainer.load_state_dict(inner)
 
 
 class _Start(HookBase):

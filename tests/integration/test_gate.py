@@ -268,12 +268,12 @@ def measure(rank, files, dataset, kwargs):
     Oracle.reset(str(Path(dataset) / "annotations" / "instances_val.json"))
     Oracle.shift = 3.0
     cfg = toys.distiller_cfg(files, FPN, classes=6)
-    cfg.DATASETS.TEST = (VAL,)
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = (VAL,), 2
     teacher = Teacher(config_file=files[0], weights=files[1], min_ap=100.0, gate_images=3)
     found = evaluate_teacher(cfg, teacher, VAL, images=3)
     images = [x["image_id"] for x in Oracle.seen]
     hook = standing(cfg)
-    hook.trainer._last_eval_results = results() if rank == 0 else {}  # as Detectron2 has it
+    hook.trainer._last_eval_results = results() if rank == 0 else None  # or {}, of Detectron2's own
     hook.after_step()
     refusal = ""
     try:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.utils import comm
 
-from kd_det.engine import Trainer
+import kd_det
+from kd_det.engine import TeacherGap, Trainer
 from tests.toys import batch, toy_cfg
 
 
@@ -70,3 +72,57 @@ def test_what_hooks_draw_is_new_each_time_and_comes_again_when_resumed(cfg, tmp_
     assert continued.before == draws.before[4:]
     assert continued.after == draws.after[4:]
     assert resumed.drawn == steps.drawn[4:]
+
+
+class Own(DefaultTrainer):
+    """Another constructor, and a hook behind all others."""
+
+    def __init__(self, cfg: CfgNode, name: str, *, number: int) -> None:
+        super().__init__(cfg)
+        self.name, self.number = name, number
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return [batch()]
+
+    def build_hooks(self) -> list[HookBase]:
+        return [*super().build_hooks(), Draws()]
+
+
+class Distilled(kd_det.TrainerMixin, Own):
+    """With the mixin."""
+
+
+def test_a_constructor_with_more_arguments(cfg):
+    trainer = Distilled(cfg, "mine", number=3)
+    assert (trainer.name, trainer.number) == ("mine", 3)
+
+
+def test_what_all_processes_do_together_is_in_one_order_on_all_of_them(cfg, monkeypatch):
+    """Only the main process has a PeriodicWriter: a hook behind it waits for others too."""
+    main = Distilled(cfg, "main", number=0)._hooks
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    other = Distilled(cfg, "other", number=1)._hooks
+    together = (hooks.EvalHook, TeacherGap, Draws)
+    orders = [[type(h) for h in found if isinstance(h, together)] for found in (main, other)]
+    assert orders[0] == orders[1] == list(together)
+    names = [type(h).__name__ for h in main]
+    assert names.index("TeacherGap") < names.index("PeriodicWriter")
+
+
+def test_behind_the_trainer_the_mixin_is_refused():
+    with pytest.raises(TypeError, match=r"class Wrong\(kd_det\.TrainerMixin, \.\.\.\)"):
+
+        class Wrong(Own, kd_det.TrainerMixin):
+            pass
+
+
+@pytest.mark.parametrize("lost", ["_trainer", "optimizer"])
+def test_a_checkpoint_without_the_optimizer_is_accepted(cfg, lost, caplog):
+    trainer = Toy(cfg)
+    saved = {**trainer.state_dict(), "iteration": 3}
+    del (saved if lost == "_trainer" else saved["_trainer"])[lost]
+    trainer.load_state_dict(saved)
+    assert trainer.iter == 3
+    assert "The checkpoint has no state of" in caplog.text
+    assert "optimizer: it starts anew" in caplog.text

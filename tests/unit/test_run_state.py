@@ -205,6 +205,15 @@ def test_with_and_without_distillation(teacher, tmp_path):
         check(tmp_path, distiller.student)
 
 
+@pytest.mark.parametrize("as_checkpointable", [True, False])
+def test_with_other_terms(teacher, tmp_path, as_checkpointable):
+    model = build_model(distiller_cfg(teacher))
+    saved(tmp_path, model, **({"kd": KDState(model)} if as_checkpointable else {}))
+    other = build_model(distiller_cfg(teacher, {"NECK": {"TYPE": "CWD", "TAP": "features"}}))
+    with pytest.raises(ValueError, match=r"with terms fpn, logits \(this run has neck\)"):
+        check(tmp_path, other)
+
+
 def test_a_truncated_one(tmp_path):
     model = build_model(toy_cfg())
     saved(tmp_path, model)
