@@ -1,6 +1,9 @@
-"""Losses: pure functions, tensors in, scalar out. This room imports torch alone."""
+"""
+Losses: pure functions, tensors in, values out. This room imports torch alone (and, in the file that
+only a forced backend opens, triton).
+"""
 
-from kd_det.losses.channel_wise import channel_wise_kl
+from kd_det.losses.channel_wise import BACKENDS, channel_wise_kl, channel_wise_kl_levels
 from kd_det.losses.standardize import standardize
 
-__all__ = ["channel_wise_kl", "standardize"]
+__all__ = ["BACKENDS", "channel_wise_kl", "channel_wise_kl_levels", "standardize"]

@@ -1,13 +1,15 @@
 """CWD: channel-wise distillation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd_det.losses import channel_wise_kl, standardize
+from kd_det.losses import BACKENDS, channel_wise_kl_levels, standardize
 from kd_det.registry import TERMS
 from kd_det.terms.levelwise import LevelwiseTerm
+from kd_det.terms.term import Aligned
 
 _CHANNEL_WEIGHTS = ("none", "teacher_max_prob")
 
@@ -28,6 +30,7 @@ class CWD(LevelwiseTerm):
             largest sigmoid of the teacher in it (meant for class logits), normalised per image.
         standardize: give every channel of both maps zero mean and unit variance first, as in
             RTMDet's public CWD recipe (there with weight 1).
+        backend: how it is computed, see `kd_det.losses.channel_wise_kl`.
         levelwise: tap, source_tap, levels, level_weights, connector, region, and source, weight,
             schedule: see `LevelwiseTerm`.
 
@@ -41,6 +44,7 @@ class CWD(LevelwiseTerm):
         tau: float = 1.0,
         channel_weight: str = "none",
         standardize: bool = False,
+        backend: str = "auto",
         **levelwise: Any,
     ) -> None:
         super().__init__(**levelwise)
@@ -51,16 +55,29 @@ class CWD(LevelwiseTerm):
                 f"CWD's channel_weight is one of {', '.join(_CHANNEL_WEIGHTS)}, but got "
                 f"'{channel_weight}'."
             )
+        if backend not in BACKENDS:
+            raise ValueError(f"CWD's backend is one of {', '.join(BACKENDS)}, but got '{backend}'.")
         self.tau = float(tau)
         self.channel_weight = channel_weight
         self.standardize = standardize
+        self.backend = backend
 
-    def compare(self, student: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
-        """Channel-wise KL of one level, see `LevelwiseTerm.compare`."""
-        weight = self._channel_weight(target, region)
+    def compare_levels(self, levels: Sequence[Aligned]) -> dict[str, Tensor]:
+        """Channel-wise KL of all levels in one call, see `LevelwiseTerm.compare_levels`."""
+        names, students, targets, regions = zip(*levels, strict=True)
+        weights = [self._channel_weight(t, r) for t, r in zip(targets, regions, strict=True)]
         if self.standardize:
-            student, target = standardize(student, region), standardize(target, region)
-        return channel_wise_kl(student, target, tau=self.tau, region=region, channel_weight=weight)
+            students = tuple(map(standardize, students, regions))
+            targets = tuple(map(standardize, targets, regions))
+        values = channel_wise_kl_levels(
+            students,
+            targets,
+            tau=self.tau,
+            regions=regions,
+            channel_weights=weights,
+            backend=self.backend,
+        )
+        return dict(zip(names, values.unbind(), strict=True))
 
     def _channel_weight(self, target: Tensor, region: Tensor | None) -> Tensor | None:
         if self.channel_weight == "none":

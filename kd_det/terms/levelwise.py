@@ -1,7 +1,7 @@
 """Terms that compare one map of the student with one map of the target, level by level."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from kd_det.terms.term import Aligned, PlanRow, Term
 
 class LevelwiseTerm(Term):
     """
-    connector -> one grid -> region -> `compare`, for every pair of levels of one stride.
+    connector -> one grid -> region -> `compare`, for every pair of levels of one stride. A subclass
+    implements `compare`, or `compare_levels` for a loss that takes all levels at once.
 
     Args:
         tap: preset or module path in the student.
@@ -121,10 +122,7 @@ class LevelwiseTerm(Term):
         context: Context,
         source: Source,
     ) -> dict[str, Tensor]:
-        return {
-            level: self.compare(s, t, region)
-            for level, s, t, region in self.aligned(student, target, context)
-        }
+        return self.compare_levels(list(self.aligned(student, target, context)))
 
     def aligned(  # noqa: D102  # as in the base
         self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context
@@ -135,6 +133,16 @@ class LevelwiseTerm(Term):
             t = target[self.source_tap][pair.target.level]
             s, t = on_one_grid(s, t, pair)
             yield level, s, t, self.region(context, s, t, pair.target.stride)
+
+    def compare_levels(self, levels: Sequence[Aligned]) -> dict[str, Tensor]:
+        """
+        The value of every level, for a loss that takes all levels in one call; `compare` of each,
+        unless a subclass knows better.
+
+        Args:
+            levels: ``(level, student's map, target's map, region)``, as `compare` describes them.
+        """
+        return {level: self.compare(s, t, region) for level, s, t, region in levels}
 
     def compare(self, student: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
         """

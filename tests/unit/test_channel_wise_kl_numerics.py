@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kd_det.losses import channel_wise, channel_wise_kl, standardize
+from kd_det.losses import channel_wise_eager, channel_wise_kl, standardize
 from tests.unit.test_channel_wise_kl import F64, golden, random_pair, value_and_grad
 
 # -- precision ------------------------------------------------------------------------------------
@@ -19,6 +19,27 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance):
     assert grad.dtype == dtype
     assert_close(value, expected.float())
     assert_close(grad.double(), expected_grad, atol=tolerance * 0.01, rtol=tolerance)
+
+
+# What float32 rounds most: logits far from 0, a shift between the maps, peaks, a map nearly equal.
+PAIRS = {
+    "noise": lambda s, t: (s, t),
+    "logits": lambda s, t: (s - 4.6, 3 * t - 4.6),
+    "shifted": lambda s, t: (s + 1000, t),
+    "peaked": lambda s, t: (10 * s, 10 * t),
+    "close": lambda s, t: (t + 0.2 * s, t),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_float32_is_accurate(kind):
+    # Exact in float32, so that both compute the same maps.
+    student, teacher = (x.float() for x in PAIRS[kind](*random_pair((2, 16, 40, 30), scale=1.0)))
+    for kwargs in ({}, {"tau": 2.0}, {"region": (torch.rand(2, 1, 40, 30) > 0.3).float()}):
+        value, grad = value_and_grad(student, teacher, **kwargs)
+        exact, exact_grad = value_and_grad(student.double(), teacher.double(), **kwargs)
+        assert_close(value.double(), exact, rtol=1e-5, atol=0)
+        assert (grad - exact_grad).norm() < 1e-5 * exact_grad.norm()
 
 
 def test_float16_gradients_survive_a_large_map_and_a_loss_scale():
@@ -167,9 +188,9 @@ def test_blocks_do_not_show(monkeypatch, budget, blocks):
     }
     expected = value_and_grad(student, teacher, **kwargs)
     calls = []
-    one_block = channel_wise._block
-    monkeypatch.setitem(channel_wise._BLOCK_BYTES, "cpu", budget)
-    monkeypatch.setattr(channel_wise, "_block", lambda *a: (calls.append(a), one_block(*a))[1])
+    cut = channel_wise_eager.blocks
+    monkeypatch.setitem(channel_wise_eager._BLOCK_BYTES, "cpu", budget)
+    monkeypatch.setattr(channel_wise_eager, "blocks", lambda *a: calls.extend(cut(*a)) or cut(*a))
     found = value_and_grad(student, teacher, **kwargs)
     assert len(calls) == blocks
     assert_close(found, expected)

@@ -62,6 +62,20 @@ def test_options_reach_the_loss():
     assert_close(values["p3"], channel_wise_kl(standardize(S["p3"]), standardize(T["p3"])))
 
 
+def test_the_levels_are_one_node():
+    student = {level: x.clone().requires_grad_() for level, x in S.items()}
+    values = run(wired(region=Ones()), student, T)
+    # value <- unbind of the vector <- the loss
+    (node,) = {value.grad_fn.next_functions[0][0] for value in values.values()}
+    assert "ChannelWiseKL" in type(node).__name__
+
+
+def test_the_backend_reaches_the_loss():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="backend 'triton' needs maps on a CUDA device"):
+        run(wired(backend="triton"), S, T)
+
+
 def test_named_levels_and_their_weights():
     term = wired(levels=("p5", "p3"), level_weights=(3.0, 0.5))
     assert list(run(term, S, T)) == ["p5", "p3"]
@@ -236,6 +250,7 @@ def test_student_and_teacher_may_differ_in_precision(precision):
         (lambda: CWD(tau=0.0), "tau > 0, but got 0"),
         (lambda: CWD(tau=float("inf")), "tau > 0"),
         (lambda: CWD(channel_weight="max"), "one of none, teacher_max_prob, but got 'max'"),
+        (lambda: CWD(backend="cuda"), "one of auto, eager, triton, but got 'cuda'"),
         (lambda: CWD(weight=-1.0), "CWD needs a finite weight >= 0, but got -1"),
         (lambda: CWD(weight=float("nan")), "finite weight"),
         (
