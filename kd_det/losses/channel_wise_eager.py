@@ -8,11 +8,14 @@ block holds n images and c channels of each.
 import torch
 from torch import Tensor
 
-# Bytes that one block of rows holds per temporary, of which two to five live at once: on a CPU they
-# should stay in cache while the calls' own cost stays small, on other devices launches should be
-# few.
+# Bytes that one block of rows holds per temporary, of which two to five live at once: on a CPU each
+# thread's share should stay in cache while calls and meetings of threads are few, and on other
+# devices launches should be few.
 _BLOCK_BYTES = {"cpu": 1 << 20}
 _BLOCK_BYTES_ELSEWHERE = 1 << 26
+
+# Beyond one thread's share, temporaries together stay below a fifth or so of the map.
+_LARGEST_SHARE = 1 / 24
 
 
 def kl_of_rows(
@@ -87,8 +90,11 @@ def kl_of_rows(
 def blocks(x: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
     """Cut (N, C) into blocks of whole images, or of channels of one image, of a bounded size."""
     n, c, h, w = x.shape
-    budget = _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES_ELSEWHERE) // dtype.itemsize
-    rows = max(budget // max(h * w, 1), 1)
+    budget = _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES_ELSEWHERE)
+    if x.device.type == "cpu":
+        most = max(budget, int(x.nbytes * _LARGEST_SHARE))
+        budget = min(budget * torch.get_num_threads(), most)
+    rows = max(budget // dtype.itemsize // max(h * w, 1), 1)
     if rows >= c:
         images = max(rows // max(c, 1), 1)
         return [(slice(i, i + images), slice(0, c)) for i in range(0, n, images)]

@@ -32,6 +32,7 @@ class Operators(TorchDispatchMode):
 def operators(monkeypatch, rows, **kwargs):
     student, teacher = random_pair((2, 8, 6, 6), dtype=torch.float32)
     monkeypatch.setitem(channel_wise_eager._BLOCK_BYTES, "cpu", rows * 36 * 4)
+    monkeypatch.setattr(channel_wise_eager, "_LARGEST_SHARE", 0)  # whatever the number of threads
     with Operators() as operators:
         channel_wise_kl(student.requires_grad_(), teacher, **kwargs)
     return operators.count
@@ -68,6 +69,7 @@ def test_one_copy_of_the_map_and_scratch(monkeypatch, dtype):
     student, teacher = random_pair((2, 64, 16, 16), dtype=dtype)
     size = student.nbytes
     monkeypatch.setitem(channel_wise_eager._BLOCK_BYTES, "cpu", size // 64)
+    monkeypatch.setattr(channel_wise_eager, "_LARGEST_SHARE", 0)  # whatever the number of threads
     monkeypatch.setattr(buffers, "_SMALLEST", 1)  # lent memory would be seen as well
     leaf = student.requires_grad_()
     with StoragePeak() as tracker:
@@ -94,6 +96,18 @@ def test_a_gradient_is_its_owners():
     assert_close(last, expected)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, student)
+
+
+def test_threads_share_a_block(monkeypatch):
+    x = torch.empty(4, 256, 100, 168)
+    rows = {}
+    for threads in (1, 2, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        _, channels = channel_wise_eager.blocks(x, x.dtype)[0]
+        rows[threads] = channels.stop
+    assert rows[1] == (1 << 20) // (100 * 168 * 4)
+    assert rows[2] == (2 << 20) // (100 * 168 * 4)
+    assert rows[64] * 100 * 168 * 4 * 5 < 0.22 * x.nbytes
 
 
 # -- lent memory ----------------------------------------------------------------------------------
