@@ -2,6 +2,7 @@
 
 from kd_det.detectors.dense import DenseDetector
 from kd_det.detectors.detector import (
+    Depth,
     Detector,
     TapShape,
     describe,
@@ -14,6 +15,7 @@ from kd_det.detectors.rcnn import GeneralizedRCNN
 
 __all__ = [
     "DenseDetector",
+    "Depth",
     "Detector",
     "GeneralizedRCNN",
     "TapShape",

@@ -7,6 +7,7 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.pieces import head_branches, in_turn, stages
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -30,16 +31,29 @@ def backbone_presets(backbone: Any, levels: Sequence[str]) -> dict[str, Tap]:
     origins = tuple(made_by if level in top else "" for level in levels)
     presets = {"features": Tap("features", "backbone", levels=tuple(levels), origins=origins)}
     bottom_up = getattr(backbone, "bottom_up", None)
+    known = dict(stages(bottom_up))
     for stage in bottom_up.output_shape() if bottom_up is not None else ():
-        presets[stage] = Tap(stage, "backbone.bottom_up", key=stage, levels=(stage,))
+        if stage in known:  # its own module: what comes behind it need not run
+            presets[stage] = Tap(stage, f"backbone.bottom_up.{stage}", levels=(stage,))
+        else:
+            presets[stage] = Tap(stage, "backbone.bottom_up", key=stage, levels=(stage,))
     return presets
 
 
 def backbone_depths(backbone: Any) -> list[Depth]:
-    """The bottom-up network alone, which spares a tap on ``res4`` the pyramid, and all of it."""
+    """
+    The bottom-up network up to each of its stages, which spares a tap on ``res4`` the last stage
+    and the pyramid, all of it, and the whole backbone.
+    """
     bottom_up = getattr(backbone, "bottom_up", None)
-    alone = [] if bottom_up is None else [("backbone.bottom_up", bottom_up)]
-    return [*alone, ("backbone", backbone)]
+    depths, paths, modules = [], [], []
+    for name, stage in stages(bottom_up):
+        paths.append(f"backbone.bottom_up.{name}")
+        modules.append(stage)
+        depths.append(Depth(tuple(paths), in_turn(tuple(modules))))
+    if bottom_up is not None:
+        depths.append(Depth(("backbone.bottom_up",), bottom_up))
+    return [*depths, Depth(("backbone",), backbone)]
 
 
 @DETECTORS.register()
@@ -51,18 +65,31 @@ class DenseDetector(Detector):
     def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
         levels = tuple(self.model.head_in_features)
         presets = backbone_presets(self.model.backbone, levels)
+        branches = head_branches(self.model.head)
+        # What a logit means does not depend on what made its level: no origins.
         for key, (name, kind) in enumerate([("cls_logits", "logits"), ("box_deltas", "deltas")]):
-            # The head, not its last convolution: that one is called once per level. What a logit
-            # means does not depend on what made its level: no origins.
-            presets[name] = Tap(name, "head", key, levels, kind)
+            if name in branches:  # called once per level, and without the other branch
+                predictor = branches[name][1]
+                presets[name] = Tap(name, f"head.{predictor}", levels=levels, kind=kind)
+            else:
+                presets[name] = Tap(name, "head", key, levels, kind)
         return presets
 
     def depths(self) -> list[Depth]:  # noqa: D102  # as in the base
-        def head(image_tensor: Tensor) -> Any:
+        def features(image_tensor: Tensor) -> list[Tensor]:
             maps = self.model.backbone(image_tensor)
-            return self.model.head([maps[f] for f in self.model.head_in_features])
+            return [maps[f] for f in self.model.head_in_features]
 
-        return [*backbone_depths(self.model.backbone), ("head", head)]
+        def branch(names: tuple[str, str]) -> Depth:
+            each = in_turn([getattr(self.model.head, name) for name in names])
+            paths = ("backbone", *(f"head.{name}" for name in names))
+            return Depth(paths, lambda x: [each(level) for level in features(x)])
+
+        return [
+            *backbone_depths(self.model.backbone),
+            *map(branch, head_branches(self.model.head).values()),
+            Depth(("backbone", "head"), lambda x: self.model.head(features(x))),
+        ]
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.anchor_generator(features)

@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from kd_det.registry import DETECTORS, did_you_mean
 from kd_det.taps import Recorder, Tap, find_module
 
-Depth = tuple[str, Callable[[Tensor], Any]]
-"""A module path, and the forward from the image tensor that reaches everything under it."""
+
+@dataclass(frozen=True)
+class Depth:
+    """
+    One way to run a detector in part.
+
+    Attributes:
+        reaches: module paths: everything at or under them is run, and nothing else.
+        forward: from the image tensor.
+    """
+
+    reaches: tuple[str, ...]
+    forward: Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,8 @@ class Detector:
 
     def depths(self) -> list[Depth]:
         """
-        How deep a forward can go, from shallow to deep: each entry runs everything up to the
-        modules under its path. Never target assignment, losses, decoding or NMS.
+        How deep a forward can go, from cheap to dear; the last one reaches all that the others do.
+        Never target assignment, losses, decoding or NMS.
         """
         raise NotImplementedError
 
@@ -108,24 +119,24 @@ class Detector:
         Raises:
             ValueError: if a tap lies deeper than that (in a ROI head, say).
         """
+        paths = {tap.path: tap for tap in taps}
+        if not paths:
+            return
         depths = self.depths()
-        deepest = -1
-        for tap in taps:
-            reached = [i for i, (prefix, _) in enumerate(depths) if _is_under(tap.path, prefix)]
-            if not reached:
-                raise ValueError(
-                    f"Tap '{tap.name}' (module '{tap.path}') of {type(self.model).__name__} lies "
-                    f"outside of {', '.join(prefix for prefix, _ in depths)}, the parts that a "
-                    "source runs."
-                )
-            deepest = max(deepest, reached[0])
-        if deepest >= 0:
-            _, forward = depths[deepest]
-            forward(image_tensor)
+        for depth in depths:
+            if all(_is_under(path, depth.reaches) for path in paths):
+                depth.forward(image_tensor)
+                return
+        reaches = depths[-1].reaches
+        tap = next(tap for path, tap in paths.items() if not _is_under(path, reaches))
+        raise ValueError(
+            f"Tap '{tap.name}' (module '{tap.path}') of {type(self.model).__name__} lies outside "
+            f"of {', '.join(reaches)}, the parts that a source runs."
+        )
 
 
-def _is_under(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix + ".")
+def _is_under(path: str, prefixes: Iterable[str]) -> bool:
+    return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
 
 
 def describe(model: nn.Module) -> Detector:

@@ -36,7 +36,7 @@ class GeneralizedRCNN(Detector):
 
         return [
             *backbone_depths(self.model.backbone),
-            ("proposal_generator.rpn_head", rpn_head),
+            Depth(("backbone", "proposal_generator.rpn_head"), rpn_head),
         ]
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base

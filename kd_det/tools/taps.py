@@ -44,7 +44,7 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
     rows = []
     if all_modules:
         presets = {tap.path for tap in taps}
-        reached = tuple(prefix for prefix, _ in detector.depths())
+        reached = detector.depths()[-1].reaches
         taps += [
             Tap(name, name)
             for name, module in model.named_modules()

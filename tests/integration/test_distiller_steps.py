@@ -171,13 +171,25 @@ def count_calls(module: nn.Module) -> list[int]:
 
 
 def test_the_teacher_runs_only_as_deep_as_the_taps(teacher: tuple[str, str]) -> None:
-    for terms_, head_calls in [(FPN, 0), ({"L": {"TYPE": "CWD", "TAP": "cls_logits"}}, 1)]:
+    logits = {"L": {"TYPE": "CWD", "TAP": "cls_logits"}}
+    res3 = {"R": {"TYPE": "CWD", "TAP": "res3"}}
+    for terms_, expected in [
+        (FPN, (1, 1, 0, 0)),
+        (logits, (1, 1, 5, 0)),  # its levels
+        (FPN | logits | res3, (1, 1, 5, 0)),  # shared: recorded once
+        (res3, (0, 0, 0, 0)),
+    ]:
         model = build_model(distiller_cfg(teacher, terms_))
         model.prepare()
         held = model.sources["teacher"].hidden.held
-        backbone, head, whole = map(count_calls, (held.backbone, held.head, held))
+        head, res5 = held.head, held.backbone.bottom_up.res5
+        counts = [
+            count_calls(m) for m in (res5, held.backbone, head.cls_score, head.bbox_subnet)
+        ]
+        whole = count_calls(held)
         step(model, 0)
-        assert (len(backbone), len(head), len(whole)) == (1, head_calls, 0)
+        assert tuple(map(len, counts)) == expected
+        assert not whole
 
 
 def test_before_its_start_the_teacher_is_read_and_checked_but_not_run(

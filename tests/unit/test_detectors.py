@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det.detectors import describe, meta_copy, probe
+from kd_det.detectors.pieces import in_turn, stages
 from kd_det.taps import Recorder, Tap
 from tests import toys
 
@@ -163,25 +165,92 @@ def head_of(model):
     return getattr(model, "head", None) or model.proposal_generator.rpn_head
 
 
+def last_module(model):
+    """What a run to the head's second output calls last."""
+    return model.head.bbox_pred if hasattr(model, "head") else head_of(model)
+
+
 @pytest.mark.parametrize(
-    ("names", "pyramids"),
+    ("names", "depth", "pyramids"),
     [
-        (["features"], 1),
-        (["backbone.fpn_output4"], 1),
-        (["res4", "features"], 1),
-        (["res4"], 0),  # the bottom-up network alone
+        (["features"], 4, 1),
+        (["backbone.fpn_output4"], 4, 1),
+        (["res4", "features"], 4, 1),
+        (["res5"], 4, 0),  # the bottom-up network alone
+        (["res4"], 3, 0),
+        (["res3", "res4"], 3, 0),
+        (["backbone.bottom_up.res4.0.conv1"], 3, 0),
+        (["backbone.bottom_up.stem"], 0, 0),
     ],
 )
-def test_a_run_goes_no_deeper_than_its_taps(model, names, pyramids):
+def test_a_run_goes_no_deeper_than_its_taps(model, names, depth, pyramids):
     model = copy.deepcopy(model).eval()
     detector = describe(model)
     taps = [detector.tap(name) for name in names]
     heads, backbones = calls_of(head_of(model)), calls_of(model.backbone)
-    bottom_up = calls_of(model.backbone.bottom_up)
+    within = [calls_of(module) for module in head_of(model).children()]
+    bottom_up = [calls_of(getattr(model.backbone.bottom_up, stage)) for stage in STAGES]
     with Recorder(model, taps) as recorder:
         detector.run(torch.rand(1, 3, 128, 128), taps)
-    assert (len(bottom_up), len(backbones), len(heads)) == (1, pyramids, 0)
+    assert [len(calls) for calls in bottom_up] == [1] * depth + [0] * (4 - depth)
+    assert len(backbones) == pyramids
+    assert not heads
+    assert not any(within)
     assert all(recorder.maps(tap) for tap in taps)
+
+
+BRANCH = {"cls_logits": ["cls_subnet", "cls_score"], "box_deltas": ["bbox_subnet", "bbox_pred"]}
+
+
+@pytest.mark.parametrize("tap", BRANCH)
+@pytest.mark.parametrize("builder", ["RetinaNet", "FCOS"])
+def test_one_branch_of_a_head_runs_without_the_other(builder, tap):
+    model = BUILDERS[builder]().eval()
+    detector = describe(model)
+    counts = {name: calls_of(module) for name, module in model.head.named_children()}
+    with Recorder(model, [detector.tap(tap)]) as recorder, torch.no_grad():
+        detector.run(model.preprocess_image(INPUTS).tensor, [detector.tap(tap)])
+    assert {name for name, count in counts.items() if count} == set(BRANCH[tap])
+    assert all(len(counts[name]) == 5 for name in BRANCH[tap])
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image(INPUTS).tensor)
+        both = model.head([features[level] for level in model.head_in_features])
+    expected = both[list(BRANCH).index(tap)]
+    for found, wanted in zip(recorder.maps(detector.tap(tap)).values(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def test_a_head_or_backbone_with_a_forward_of_its_own_is_run_whole():
+    model = BUILDERS["RetinaNet"]().eval()
+    head, bottom_up = type(model.head), type(model.backbone.bottom_up)
+    model.head.__class__ = type("Head", (head,), {"forward": lambda self, x: head.forward(self, x)})
+    model.backbone.bottom_up.__class__ = type(
+        "Net", (bottom_up,), {"forward": lambda self, x: bottom_up.forward(self, x)}
+    )
+    detector = describe(model)
+    taps = [detector.tap("cls_logits"), detector.tap("res3")]
+    heads, nets = calls_of(model.head), calls_of(model.backbone.bottom_up)
+    assert [(tap.path, tap.key) for tap in taps] == [("head", 0), ("backbone.bottom_up", "res3")]
+    with Recorder(model, taps) as recorder:
+        detector.run(torch.rand(1, 3, 128, 128), taps[:1])
+        detector.run(torch.rand(1, 3, 128, 128), taps[1:])
+    assert (len(heads), len(nets)) == (1, 2)
+    assert list(recorder.calls) == ["head", "backbone.bottom_up"]
+
+
+def test_a_regnet_stops_at_its_stages_too():
+    params = {"depth": 3, "w_a": 8.0, "w_0": 8, "w_m": 2.0, "group_width": 8, "norm": "BN"}
+    net = RegNet(
+        stem_class=SimpleStem, stem_width=8, block_class=ResBottleneckBlock, **params
+    ).eval()
+    names, modules = zip(*stages(net), strict=True)
+    assert names[:2] == ("stem", "s1")
+    last = calls_of(modules[-1])
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        shallow = in_turn(modules[:-1])(x)
+        assert not last
+        torch.testing.assert_close(modules[-1](shallow), net(x)[names[-1]], atol=0, rtol=0)
 
 
 def test_levels_of_logits_have_no_origin(model):
@@ -193,7 +262,7 @@ def test_a_run_goes_to_the_head_once_and_not_into_anchors_losses_or_nms(model):
     model = copy.deepcopy(model).eval()
     detector = describe(model)
     taps = [detector.tap("features"), list(detector.presets().values())[-1]]
-    heads = calls_of(head_of(model))
+    heads = calls_of(last_module(model))
     beyond = [
         calls_of(m)
         for name, m in model.named_modules()
@@ -202,7 +271,7 @@ def test_a_run_goes_to_the_head_once_and_not_into_anchors_losses_or_nms(model):
     assert beyond
     with Recorder(model, taps) as recorder:
         detector.run(torch.rand(1, 3, 128, 128), taps)
-    assert len(heads) == 1
+    assert len(heads) == (1 if hasattr(model, "roi_heads") else 5)  # levels
     assert not any(beyond)
     assert all(recorder.maps(tap) for tap in taps)
 
@@ -223,7 +292,7 @@ def test_a_tap_beyond_the_head_is_an_error():
     model = BUILDERS["GeneralizedRCNN"]()
     tap = describe(model).tap("roi_heads.box_head")
     with pytest.raises(
-        ValueError, match=r"'roi_heads.box_head'.*outside of backbone.bottom_up, backbone, prop"
+        ValueError, match=r"'roi_heads.box_head'.*outside of backbone, proposal_generator.rpn_head"
     ):
         probe(model, [tap])
 

@@ -68,7 +68,8 @@ def test_only_what_the_taps_need_is_run(files):
     def forbidden(*_):
         raise AssertionError("the teacher ran further than its taps")
 
-    held.head.register_forward_pre_hook(forbidden)
+    for module in held.head.modules():
+        module.register_forward_pre_hook(forbidden)
     held.anchor_generator.register_forward_pre_hook(forbidden)
     held.forward = held.inference = held.losses = held.forward_training = forbidden
     assert source(context(), ("features",)).maps["features"]

@@ -93,10 +93,12 @@ def test_measured_taps_must_fire_as_often_as_measured(files):
     source.prepare((tap,))
     assert len(source(context(), (tap,)).maps[tap]) == 5
 
-    def once_more(head, args):
-        head.cls_score(args[0][0])
+    held = source.hidden.held
 
-    source.hidden.held.head.register_forward_pre_hook(once_more)
+    def once_more(backbone, args, maps):
+        held.head.cls_score(maps["p3"])
+
+    held.backbone.register_forward_hook(once_more)
     with pytest.raises(RuntimeError, match=r"called 6 time.*should be called 5 time"):
         source(context(), (tap,))
 

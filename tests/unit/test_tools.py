@@ -19,7 +19,7 @@ def test_taps_lists_presets_with_channels_strides_and_calls(tmp_path, capsys):
     assert main(["taps", "--config-file", config]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["features", "p3", "8", "8", "1", "feature", "-"] in lines
-    assert ["cls_logits", "p7", "3", "128", "1", "logits", "-"] in lines
+    assert ["cls_logits", "p7", "3", "128", "5", "logits", "-"] in lines
     assert "p7 8 128 1 feature LastLevelP6P7 on bottom-up".split() in [x[1:] for x in lines]
     assert ["res4", "res4", "16", "16", "1", "feature", "-"] in lines
 

@@ -1,0 +1,47 @@
+"""Detectron2's own networks, piece by piece: what a forward need not run to reach a tap."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.modeling.backbone.regnet import AnyNet
+from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+_BRANCHES = {"cls_logits": ("cls_subnet", "cls_score"), "box_deltas": ("bbox_subnet", "bbox_pred")}
+
+
+def stages(bottom_up: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """
+    Names and modules of a bottom-up network that is a chain, in the order of its forward; empty
+    for networks that are not known to be one.
+    """
+    forward = getattr(type(bottom_up), "forward", None)  # a subclass may do something else
+    if isinstance(bottom_up, ResNet) and forward is ResNet.forward:
+        named = list(zip(bottom_up.stage_names, bottom_up.stages, strict=True))
+    elif isinstance(bottom_up, AnyNet) and forward is AnyNet.forward:
+        named = [(name, stage) for stage, name in bottom_up.stages_and_names]
+    else:
+        return []
+    return [("stem", bottom_up.stem), *named]
+
+
+def head_branches(head: nn.Module) -> dict[str, tuple[str, str]]:
+    """
+    For each tap of a dense head the (tower, predictor) that make it from one level at a time,
+    without the other branch; empty for heads that are not known to be built so.
+    """
+    known = (RetinaNetHead.forward, FCOSHead.forward)
+    return _BRANCHES if type(head).forward in known else {}
+
+
+def in_turn(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """The forward that calls modules one after the other."""
+
+    def forward(x: Tensor) -> Any:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return forward
