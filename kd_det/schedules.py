@@ -3,10 +3,11 @@ Schedules: a term's weight over a run.
 
 A schedule is a function of *progress* in [0, 1], as in `fvcore.common.param_scheduler`, so it
 survives a change of the batch size. ``start_iter`` and ``stop_iter`` cut a window out of it in
-iterations, which is how papers state them.
+iterations, which is how papers state them; ``every`` leaves out iterations of the window.
 """
 
 import math
+from typing import Any
 
 from kd_det.registry import SCHEDULES
 
@@ -19,19 +20,25 @@ class Schedule:
         start_iter: the term is idle before this iteration.
         stop_iter: the term is over from this iteration on: its source no longer runs and is freed
             when no other term needs it. 0 means never.
+        every: the term imitates in every so many-th iteration only. In between it is idle (its loss
+            an attached zero) and its source is not run, unless for another term. The weight stays
+            as it is: over the run the term then pulls ``1 / every`` as hard.
 
     Raises:
-        ValueError: if the window is negative or empty.
+        ValueError: if the window is negative or empty, or ``every`` is below 1.
     """
 
-    def __init__(self, *, start_iter: int = 0, stop_iter: int = 0) -> None:
+    def __init__(self, *, start_iter: int = 0, stop_iter: int = 0, every: int = 1) -> None:
         if start_iter < 0 or stop_iter < 0 or 0 < stop_iter <= start_iter:
             raise ValueError(
                 f"A schedule's window needs 0 <= start_iter < stop_iter (or stop_iter 0 for 'to "
                 f"the end'), but got start_iter {start_iter} and stop_iter {stop_iter}."
             )
+        if every < 1:
+            raise ValueError(f"A schedule's every is at least 1, but got {every}.")
         self.start_iter = start_iter
         self.stop_iter = stop_iter
+        self.every = every
 
     def __call__(self, progress: float, max_iter: int | None) -> float:
         """
@@ -50,6 +57,10 @@ class Schedule:
             return 0.0
         if self.finished(progress, max_iter):
             return 0.0
+        # Not counted from start_iter: terms of one source share their iterations, and the source
+        # its runs. 2 as in the diagnostics and logged values, which fall on these iterations.
+        if self.every > 1 and (self._iteration(progress, max_iter) + 2) % self.every:
+            return 0.0
         return self.factor(progress, max_iter)
 
     def finished(self, progress: float, max_iter: int | None) -> bool:
@@ -59,7 +70,12 @@ class Schedule:
     @property
     def needs_clock(self) -> bool:
         """Whether the factor depends on progress at all."""
-        return type(self) is not Constant or self.start_iter > 0 or self.stop_iter > 0
+        return (
+            type(self) is not Constant
+            or self.start_iter > 0
+            or self.stop_iter > 0
+            or self.every > 1
+        )
 
     def factor(self, progress: float, max_iter: int | None) -> float:
         """The factor inside the window."""
@@ -83,10 +99,8 @@ class Constant(Schedule):
 class Warmup(Schedule):
     """Linear from 0 to 1 over the first ``warmup_iters`` iterations of the window, then 1."""
 
-    def __init__(
-        self, *, warmup_iters: int = 1000, start_iter: int = 0, stop_iter: int = 0
-    ) -> None:
-        super().__init__(start_iter=start_iter, stop_iter=stop_iter)
+    def __init__(self, *, warmup_iters: int = 1000, **window: Any) -> None:
+        super().__init__(**window)
         if warmup_iters < 1:
             raise ValueError(f"Warmup needs warmup_iters >= 1, but got {warmup_iters}.")
         self.warmup_iters = warmup_iters
@@ -100,8 +114,8 @@ class Warmup(Schedule):
 class Ramp(Schedule):
     """``min(1, rate * progress)``; the rate 1.25 is OKDCR's (it reaches 1 at 80 % of the run)."""
 
-    def __init__(self, *, rate: float = 1.25, start_iter: int = 0, stop_iter: int = 0) -> None:
-        super().__init__(start_iter=start_iter, stop_iter=stop_iter)
+    def __init__(self, *, rate: float = 1.25, **window: Any) -> None:
+        super().__init__(**window)
         if not rate > 0:
             raise ValueError(f"Ramp needs rate > 0, but got {rate}.")
         self.rate = rate
@@ -114,8 +128,8 @@ class Ramp(Schedule):
 class Cosine(Schedule):
     """From 1 down to ``end`` along half a cosine over the whole run."""
 
-    def __init__(self, *, end: float = 0.0, start_iter: int = 0, stop_iter: int = 0) -> None:
-        super().__init__(start_iter=start_iter, stop_iter=stop_iter)
+    def __init__(self, *, end: float = 0.0, **window: Any) -> None:
+        super().__init__(**window)
         if not end >= 0:
             raise ValueError(f"Cosine needs end >= 0, but got {end}.")
         self.end = end
@@ -128,15 +142,8 @@ class Cosine(Schedule):
 class Step(Schedule):
     """Multiplied by ``gamma`` at each of the ``steps`` (iterations, ascending)."""
 
-    def __init__(
-        self,
-        *,
-        steps: tuple[int, ...] = (),
-        gamma: float = 0.1,
-        start_iter: int = 0,
-        stop_iter: int = 0,
-    ) -> None:
-        super().__init__(start_iter=start_iter, stop_iter=stop_iter)
+    def __init__(self, *, steps: tuple[int, ...] = (), gamma: float = 0.1, **window: Any) -> None:
+        super().__init__(**window)
         if not steps or list(steps) != sorted(steps) or not gamma >= 0:
             raise ValueError(
                 f"Step needs ascending steps and gamma >= 0, but got steps {tuple(steps)} and "

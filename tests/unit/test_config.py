@@ -207,6 +207,7 @@ def test_a_change_of_type_keeps_what_was_said_and_still_exists() -> None:
         "TYPE": "Cosine",
         "START_ITER": 5,
         "STOP_ITER": 0,
+        "EVERY": 1,
         "END": 0.0,
     }
 

@@ -84,7 +84,7 @@ def test_a_run_says_what_it_is_made_of(
 
     fpn = record["plan"]["fpn"]
     assert (fpn["source"], fpn["type"], fpn["weight"]) == ("teacher", "CWD", 5.0)
-    assert fpn["schedule"] == {"type": "Constant", "start_iter": 3, "stop_iter": 0}
+    assert fpn["schedule"] == {"type": "Constant", "start_iter": 3, "stop_iter": 0, "every": 1}
     assert [level["level"] for level in fpn["levels"]] == ["p3", "p4", "p5", "p6", "p7"]
     assert fpn["levels"][0]["connector"] == "conv1x1"
     assert fpn["levels"][0]["target_channels"] == 16
