@@ -98,6 +98,9 @@ def wire(
         **dict.fromkeys(wiring.sources, ()),
         **wiring.source_taps(kept),
     }
+    for name, source in wiring.sources.items():
+        users = [term for of, term in kept.items() if source_of[of] == name]
+        source.targets_saved = any(term.saves_target for term in users)
     detector = describe(student)
     with preserved_rng():
         for name, term in kept.items():

@@ -36,6 +36,12 @@ class Source(nn.Module):
     A frozen network is held by `Hidden`.
     """
 
+    targets_saved: bool = True
+    """
+    Whether a term may save the targets for its backward, see `Term.saves_target`; the wiring says
+    so. Where none does, they may be inference tensors.
+    """
+
     def student_taps(self) -> tuple[str, ...]:
         """Taps of the student that this source reads from ``context.student_maps``."""
         return ()

@@ -3,16 +3,20 @@
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_det.context import Context
 from kd_det.detectors import TapShape, describe, probe
 from kd_det.registry import SOURCES
 from kd_det.rng import preserved_rng
+from kd_det.sources.compiled import compile_between_taps
 from kd_det.sources.fold import fold_batch_norm
 from kd_det.sources.hidden import Hidden, Shared
 from kd_det.sources.model_config import ModelConfig
@@ -53,6 +57,11 @@ class Teacher(Source):
             every call.
         fold_batch_norm: fold BatchNorm into the convolutions (same maps up to rounding).
         channels_last: run its convolutions in that memory format (same maps up to rounding).
+        compile: give what lies between its taps to `torch.compile` (same maps up to rounding): pays
+            in long runs; the first steps, and those of new image sizes, wait for the compiler.
+        scale: size of its images relative to the student's; below 1 it costs ``scale ** 2`` as
+            much. Levels are paired by the pixels of the student's image that a cell covers: at 0.5
+            the teacher's P3 meets the student's P4. It is gated and evaluated at full size.
         min_ap: refuse to train when its box AP, 0 to 100, is below that; 0 checks nothing. See
             `kd_det.engine.check_gates`, which `TrainerMixin` calls.
         gate_images: on how many images of the first test set that AP is measured.
@@ -73,6 +82,8 @@ class Teacher(Source):
         precision: str = "float32",
         fold_batch_norm: bool = True,
         channels_last: bool = True,
+        compile: bool = False,
+        scale: float = 1.0,
         min_ap: float = 0.0,
         gate_images: int = 500,
         model: nn.Module | None = None,
@@ -92,6 +103,8 @@ class Teacher(Source):
             )
         if input_format not in ("", "BGR", "RGB"):
             raise ValueError(f"A Teacher's input_format is BGR or RGB, but got '{input_format}'.")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"A Teacher's scale is a finite number > 0, but got {scale}.")
         if not 0 <= min_ap <= 100:
             raise ValueError(
                 f"A Teacher's min_ap is an AP between 0 and 100 (0: no check), but got {min_ap}."
@@ -104,6 +117,8 @@ class Teacher(Source):
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile_forward = compile  # not `compile`, which is a method of nn.Module
+        self.scale = float(scale)
         self.min_ap = min_ap
         self.gate_images = gate_images
         self.ap_checked = False  # set by the gate
@@ -139,7 +154,9 @@ class Teacher(Source):
         shapes = probe(architecture, resolved)
         for tap in resolved:
             self._expected_calls[tap.path] = shapes[tap.name][0].calls
-        return shapes
+        return {
+            name: [self._in_students_pixels(s) for s in found] for name, found in shapes.items()
+        }
 
     def prepare(self, taps: tuple[str, ...]) -> None:  # noqa: D102  # as in the base
         if self.hidden.held is not None:
@@ -153,8 +170,9 @@ class Teacher(Source):
         with preserved_rng():
             model, self._fingerprint = self._load()
         model.eval().requires_grad_(False)
+        detector = describe(model)
+        tapped = [detector.tap(name).path for name in taps]
         if self.fold_batch_norm:
-            tapped = [describe(model).tap(name).path for name in taps]
             folded, left = fold_batch_norm(model, keep=tapped)
             logger.info("Teacher: %d BatchNorm layers folded.", len(folded))
             if left:
@@ -162,6 +180,8 @@ class Teacher(Source):
                     "Teacher: not owned by one convolution, left alone: %s", ", ".join(left)
                 )
         _cast(model, _PRECISIONS[self.precision])
+        if self.compile_forward:
+            compile_between_taps(model, detector.depths()[-1].reaches, tapped)
         self.hidden.hold(model.to(memory_format=self.memory_format))  # type: ignore[call-overload]
 
     def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
@@ -176,21 +196,47 @@ class Teacher(Source):
         assert model is not None, "prepare() comes before forward()"
         detector = describe(model)
         resolved = {name: detector.tap(name) for name in taps}
-        inputs = context.inputs
-        if context.input_format != self.input_format:
-            # Swapped before the teacher normalises: its mean and std belong to its own order.
-            inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
+        # Inference mode spares the bookkeeping of views and versions, but autograd refuses to save
+        # what comes out of it.
+        no_grad = torch.no_grad if self.targets_saved else torch.inference_mode
         with (
-            torch.no_grad(),
+            no_grad(),
             torch.autocast(self.hidden._place.device.type, enabled=False),
             Recorder(model, resolved.values(), self._expected_calls) as recorder,
         ):
-            images = model.preprocess_image(inputs)  # type: ignore[operator]
+            images = model.preprocess_image(self._inputs(context))  # type: ignore[operator]
             # Not `precision`: the owner may have been cast since (.half(), .double()).
             dtype = next(model.parameters()).dtype
             tensor = images.tensor.to(dtype, memory_format=self.memory_format)
             detector.run(tensor, resolved.values())
         return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
+
+    def _inputs(self, context: Context) -> list[dict[str, Any]]:
+        """The step's images in the teacher's channel order and size."""
+        inputs = context.inputs
+        if context.input_format != self.input_format:
+            # Swapped before the teacher normalises: its mean and std belong to its own order.
+            inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
+        if self.scale != 1.0:
+            inputs = [{**x, "image": self._resized(x["image"])} for x in inputs]
+        return inputs
+
+    def _resized(self, image: Tensor) -> Tensor:
+        # By the factor and not to a size: a pixel then covers exactly 1 / scale of the student's.
+        resized = F.interpolate(
+            image[None].float(), scale_factor=self.scale, mode="bilinear", antialias=True
+        )
+        return resized[0]  # (3, H * scale, W * scale)
+
+    def _in_students_pixels(self, shape: TapShape) -> TapShape:
+        stride = shape.stride / self.scale
+        if stride != int(stride):
+            raise ValueError(
+                f"At scale {self.scale:g} a cell of the teacher's level {shape.level} (stride "
+                f"{shape.stride}) covers {stride:.4g} of the student's pixels, which is no whole "
+                "number: take a scale of 0.5, 0.25 or 2."
+            )
+        return replace(shape, stride=int(stride))
 
     def release(self) -> None:  # noqa: D102  # as in the base
         if self.hidden.held is not None:

@@ -38,6 +38,8 @@ class CWD(LevelwiseTerm):
         ValueError: if ``tau`` is not a positive finite number, or a value is unknown.
     """
 
+    saves_target = False  # the loss saves its gradient alone
+
     def __init__(
         self,
         *,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,6 +48,17 @@ class Term(nn.Module):
     Raises:
         ValueError: if the weight is negative or not finite.
     """
+
+    saves_target: bool = True
+    """
+    Whether `forward` may save a target's map for its backward, as most arithmetic with the
+    student's map does. A source whose terms all say False runs in inference mode, whose tensors
+    autograd refuses to save. Not inherited: a subclass may compute something else.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.saves_target = cls.__dict__.get("saves_target", True)
 
     def __init__(
         self, *, source: str = "", weight: float = 1.0, schedule: Schedule = Constant()

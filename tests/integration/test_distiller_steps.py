@@ -183,9 +183,7 @@ def test_the_teacher_runs_only_as_deep_as_the_taps(teacher: tuple[str, str]) -> 
         model.prepare()
         held = model.sources["teacher"].hidden.held
         head, res5 = held.head, held.backbone.bottom_up.res5
-        counts = [
-            count_calls(m) for m in (res5, held.backbone, head.cls_score, head.bbox_subnet)
-        ]
+        counts = [count_calls(m) for m in (res5, held.backbone, head.cls_score, head.bbox_subnet)]
         whole = count_calls(held)
         step(model, 0)
         assert tuple(map(len, counts)) == expected
