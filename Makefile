@@ -8,7 +8,7 @@ BASE_PYTHON ?= python3
 CPU := not slow and not d2_main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast test-slow test-d2-main lint format type quickstart
+.PHONY: help setup test test-fast test-slow test-d2-main lint format type quickstart bench
 
 help:  ## list the targets
 	@echo "make <target> [PYTHON=/path/to/python]   (default: the project's own .venv)"
@@ -41,8 +41,11 @@ format: setup  ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-type: setup  ## mypy on the package
+type: setup  ## mypy on the package and the benchmarks
 	$(PY) -m mypy
 
 quickstart: setup  ## the whole comparison on synthetic data: teacher, student, distilled student
 	$(PY) -W ignore -m kd_det quickstart $(ARGS)
+
+bench: setup  ## what distilling costs, short, on the CPU (docs/benchmarks.md says how in full)
+	$(PY) -W ignore -m benchmarks $(or $(ARGS),--short)
