@@ -54,6 +54,7 @@ class TrainerMixin:
     _trainer: SimpleTrainer
     iter: int
     max_iter: int
+    _done: int | None = None  # the last iteration that was finished
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -143,6 +144,11 @@ class TrainerMixin:
             )
         super().resume_or_load(resume=resume)  # type: ignore[misc]
 
+    def before_train(self) -> None:
+        """The hooks."""
+        self._done = self.iter - 1
+        super().before_train()  # type: ignore[misc]
+
     def before_step(self) -> None:
         """The hooks; before the first step a resumed run takes up the checkpoint's states."""
         self._run_state.before_step()
@@ -167,12 +173,17 @@ class TrainerMixin:
 
     def after_step(self) -> None:
         """The hooks; what they draw does not reach the next step."""
+        self._done = self.iter
         with self._run_state.aside(self.iter):
             super().after_step()  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """With the inner trainer's (optimizer, scaler), which Detectron2 0.6 leaves out."""
         state = super().state_dict()  # type: ignore[misc]
+        if (
+            self._done is not None
+        ):  # after training, where BestCheckpointer saves, `iter` is one more
+            state["iteration"] = self._done
         state.setdefault("_trainer", self._trainer.state_dict())
         return state
 

@@ -49,9 +49,19 @@ def cfg(tmp_path):
     return cfg
 
 
-def train(cfg: CfgNode, *, until: int, resume: bool = False) -> tuple[Steps, Draws]:
+class SavesAtBothEnds(HookBase):
+    """BestCheckpointer saves when training is over."""
+
+    def before_train(self) -> None:
+        self.trainer.checkpointer.save("model_begin")
+
+    def after_train(self) -> None:
+        self.trainer.checkpointer.save("model_best")
+
+
+def train(cfg: CfgNode, *more: HookBase, until: int, resume: bool = False) -> tuple[Steps, Draws]:
     trainer, draws = Steps(cfg), Draws()
-    trainer.register_hooks([draws])
+    trainer.register_hooks([draws, *more])
     trainer.resume_or_load(resume=resume)
     trainer.max_iter = until
     trainer.train()
@@ -72,6 +82,19 @@ def test_what_hooks_draw_is_new_each_time_and_comes_again_when_resumed(cfg, tmp_
     assert continued.before == draws.before[4:]
     assert continued.after == draws.after[4:]
     assert resumed.drawn == steps.drawn[4:]
+
+
+def test_no_iteration_is_left_out_where_a_finished_run_is_taken_further(cfg, tmp_path):
+    steps, _ = train(cfg, until=6)
+    torch.manual_seed(0)
+    cfg.OUTPUT_DIR = str(tmp_path / "cut")
+    train(cfg, SavesAtBothEnds(), until=4)
+    assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_best.pth"
+    resumed, _ = train(cfg, SavesAtBothEnds(), until=6, resume=True)
+    assert resumed.start_iter == 4
+    assert resumed.drawn == steps.drawn[4:]
+    at = {n: torch.load(tmp_path / "cut" / f"model_{n}.pth")["trainer"] for n in ("begin", "best")}
+    assert (at["begin"]["iteration"], at["best"]["iteration"]) == (3, 5)
 
 
 class Own(DefaultTrainer):
