@@ -25,6 +25,7 @@ from kd_det.engine import (
     Trainer,
     check_data,
     check_output_dir,
+    check_solver,
     check_weights,
     dry_run,
     launch,
@@ -38,6 +39,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
+    if not args.eval_only:
+        check_solver(cfg)
     check_data(cfg, training=not args.eval_only)
     check_weights(cfg)
     check_output_dir(cfg)

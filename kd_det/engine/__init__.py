@@ -7,7 +7,7 @@ from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
 from kd_det.engine.loader import ResumableLoader
 from kd_det.engine.output_dir import check_output_dir, remove_stale
-from kd_det.engine.preflight import check_data, check_weights, load_config
+from kd_det.engine.preflight import check_data, check_solver, check_weights, load_config
 from kd_det.engine.resume import RunState
 from kd_det.engine.teacher_ap import check_gate, check_gates, evaluate_teacher
 from kd_det.engine.teacher_gap import TeacherGap
@@ -25,6 +25,7 @@ __all__ = [
     "check_gate",
     "check_gates",
     "check_output_dir",
+    "check_solver",
     "check_weights",
     "dry_run",
     "evaluate_teacher",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from kd_det.config import add_kd_config, student_config
@@ -105,6 +106,35 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
         raise ValueError(
             f"MODEL.{'.'.join(keys)} is {found}, but the datasets have {len(classes)} class(es) "
             f"({shown}): set it to {len(classes)}."
+        )
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """
+    Check settings of a training run that Detectron2 meets with an assertion, some of them in the
+    middle of the first step.
+
+    Args:
+        cfg: the config of the run.
+
+    Raises:
+        ValueError: one sentence for the first problem found.
+    """
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty: name the folder of this run.")
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it is at least 1.")
+    images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if images % processes and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # which scales the batch
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, the images of all processes together, which "
+            f"{processes} processes cannot share: set it to a multiple of {processes}."
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, but this run is on the CPU, and Detectron2's AMPTrainer "
+            "needs a GPU: set it to False."
         )
 
 

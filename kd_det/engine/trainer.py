@@ -177,6 +177,12 @@ class TrainerMixin:
         with self._run_state.aside(self.iter):
             super().after_step()  # type: ignore[misc]
 
+    def after_train(self) -> None:
+        """The hooks; after a last step that failed, no evaluation, which would wait for others."""
+        if self._done is not None and self._done < self.iter == self.max_iter - 1:
+            self.iter = self._done  # EvalHook takes the last iteration for the end of training
+        super().after_train()  # type: ignore[misc]
+
     def state_dict(self) -> dict[str, Any]:
         """With the inner trainer's (optimizer, scaler), which Detectron2 0.6 leaves out."""
         state = super().state_dict()  # type: ignore[misc]

@@ -161,7 +161,16 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "json": ("KD.DATASETS.toy.JSON gone.json", ("of dataset 'toy' is missing", "gone.json")),
     "images": ("KD.DATASETS.toy.IMAGES gone", ("image folder of dataset 'toy' is missing: gone",)),
     "no JSON": ("KD.DATASETS.toy.JSON run.yaml", ("dataset 'toy'", "run.yaml", "is not JSON")),
+    # Settings that Detectron2 asserts, some of them in the first step.
+    "no iterations": ("SOLVER.MAX_ITER 0", ("SOLVER.MAX_ITER is 0", "at least 1")),
+    "no images": ("SOLVER.IMS_PER_BATCH 0", ("SOLVER.IMS_PER_BATCH is 0", "at least 1")),
+    "no checkpoints": ("SOLVER.CHECKPOINT_PERIOD 0", ("CHECKPOINT_PERIOD is 0", "at least 1")),
+    "AMP on the CPU": (
+        "SOLVER.AMP.ENABLED True",
+        ("SOLVER.AMP.ENABLED is True", "set it to False"),
+    ),
     # The output folder.
+    "no output": ("OUTPUT_DIR ''", ("OUTPUT_DIR is empty", "name the folder")),
     "file as output": ("OUTPUT_DIR toy.json", ("OUTPUT_DIR is 'toy.json'", "cannot be written")),
     "under a file": ("OUTPUT_DIR toy.json/run", ("toy.json/run'", "cannot be written (Not a dir")),
 }

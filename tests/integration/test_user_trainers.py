@@ -97,6 +97,27 @@ def test_no_iteration_is_left_out_where_a_finished_run_is_taken_further(cfg, tmp
     assert (at["begin"]["iteration"], at["best"]["iteration"]) == (3, 5)
 
 
+class Diverges(Steps):
+    tests = 0
+
+    def run_step(self) -> None:
+        if self.iter == self.cfg.SOLVER.MAX_ITER - 1:
+            raise FloatingPointError("not finite")
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: Any, evaluators: Any = None) -> dict:
+        cls.tests += 1
+        return {}
+
+
+def test_a_last_step_that_fails_is_not_followed_by_an_evaluation(cfg, tmp_path):
+    """The other processes are waiting in that step, and it would wait for them."""
+    with pytest.raises(FloatingPointError):
+        Diverges(cfg).train()
+    assert Diverges.tests == 0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
 class Own(DefaultTrainer):
     """Another constructor, and a hook behind all others."""
 
