@@ -36,10 +36,10 @@ class LastValues:
 
     def explain(self) -> str:
         """
-        A sentence per term and level whose value is not finite: what is nan or inf, and what to
-        do. Empty if all are finite. Waits for the device.
+        A sentence per term with the levels whose value is not finite: what is nan or inf, and what
+        to do; levels with one reason share it. Empty if all are finite. Waits for the device.
         """
-        found = []
+        found: dict[tuple[str, str], list[str]] = {}  # term and reason to levels
         for name, levels in self.values.items():
             for level, value in levels.items():
                 number = float(value)
@@ -50,8 +50,14 @@ class LastValues:
                     why = f"times its weight {weight:g} it is too large: lower the weight"
                 else:
                     continue
-                found.append(f"Term '{name}', level {level}: the value is {number:g}; {why}.")
-        return " ".join(found)
+                reason = f"the value is {number:g}; {why.replace(f'.{level} ', '.<level> ')}."
+                found.setdefault((name, reason), []).append(level)
+        return " ".join(
+            f"Term '{name}', level {levels[0]}: {reason.replace('<level>', levels[0])}"
+            if len(levels) == 1
+            else f"Term '{name}', levels {', '.join(levels)}: {reason}"
+            for (name, reason), levels in found.items()
+        )
 
     def _why(self, name: str, level: str) -> str:
         term = self.wiring.terms[name]

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from detectron2.utils import comm
 
 from tests.toys import save_teacher
 
@@ -182,6 +183,12 @@ def test_the_command_line(run, case):
     # A word's quotes are those of the shell, an underscore after : or , is a space.
     split = [w.strip("'").replace(":_", ": ").replace(",_", ", ") for w in words.split()]
     run.refused(*split, says=says)
+
+
+def test_images_that_the_processes_cannot_share(run, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    says = ("SOLVER.IMS_PER_BATCH is 3", "2 processes cannot share", "a multiple of 2")
+    run.refused("SOLVER.IMS_PER_BATCH", "3", says=says)
 
 
 def test_there_are_enough_cases():

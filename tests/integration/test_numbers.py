@@ -112,6 +112,17 @@ def test_a_student_that_diverged_is_named_by_its_map(cfg: CfgNode) -> None:
     assert model.explain_non_finite() == ""
 
 
+def test_levels_with_one_reason_share_a_sentence(cfg: CfgNode) -> None:
+    model = broken(cfg)
+    with torch.no_grad():
+        model.student.backbone.bottom_up.stem.conv1.weight.fill_(float("nan"))
+    at(model, 1)
+    text = model.explain_non_finite()
+    assert "Term 'fpn', levels p3, p4, p5, p6, p7: the value is nan; " in text
+    assert "the student's map features.<level> is not finite" in text
+    assert text.count("lower SOLVER.BASE_LR") == 2  # for each term
+
+
 def test_a_teacher_that_overflows_is_named_with_its_precision(cfg: CfgNode) -> None:
     model = broken(cfg)
     held = model.sources["teacher"].hidden.held
@@ -120,9 +131,8 @@ def test_a_teacher_that_overflows_is_named_with_its_precision(cfg: CfgNode) -> N
     at(model, 1)
     text = model.explain_non_finite()
     assert "Term 'fpn'" not in text
-    for level in ("p3", "p4", "p5", "p6", "p7"):
-        assert f"Term 'logits', level {level}: " in text
-        assert f"the map cls_logits.{level} of source 'teacher' is not finite" in text
+    assert "Term 'logits', levels p3, p4, p5, p6, p7: " in text
+    assert "the map cls_logits.<level> of source 'teacher' is not finite" in text
     assert "bfloat16 or float32" in text
     assert "student's map" not in text
 
