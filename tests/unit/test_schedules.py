@@ -22,6 +22,10 @@ def at(schedule, iteration):
         (Constant(stop_iter=30), {0: 1, 29: 1, 30: 0, 100: 0}),
         (Constant(start_iter=20, stop_iter=30), {19: 0, 20: 1, 29: 1, 30: 0}),
         (Constant(start_iter=29, stop_iter=30), {28: 0, 29: 1, 30: 0}),
+        (Constant(every=2), {0: 1, 1: 0, 2: 1, 99: 0, 100: 1}),
+        (Constant(every=5), {0: 0, 3: 1, 4: 0, 8: 1, 18: 1, 98: 1}),  # 18: logged every 20
+        (Constant(every=2, start_iter=3, stop_iter=6), {2: 0, 3: 0, 4: 1, 5: 0, 6: 0}),
+        (Step(steps=(50,), gamma=0.5, every=4), {2: 1, 48: 0, 50: 0.5, 51: 0}),
         (Warmup(warmup_iters=10), {0: 0.1, 4: 0.5, 9: 1, 10: 1, 100: 1}),
         (Warmup(warmup_iters=1), {0: 1, 1: 1}),
         (Warmup(warmup_iters=10, start_iter=20), {19: 0, 20: 0.1, 29: 1, 99: 1}),
@@ -48,6 +52,16 @@ def test_iterations_survive_the_way_through_progress(run):
         assert [schedule(i / run, run) for i in moments] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("run", [7, 90000, 123457])
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_every_counts_on_through_a_long_run(run, every):
+    schedule = Constant(every=every)
+    for start in {0, run // 3, max(run - 2 * every, 0)}:
+        active = [i for i in range(start, start + every) if schedule(i / run, run) > 0]
+        assert len(active) == 1
+        assert not schedule.finished(active[0] / run, run)
+
+
 @pytest.mark.parametrize("cls", [cls for _, cls in SCHEDULES])
 def test_a_window_cuts_every_schedule(cls):
     own = {"steps": (1000,)} if cls is Step else {}
@@ -70,12 +84,20 @@ def test_a_constant_needs_no_clock():
     assert Constant()(0.5, None) == 1
     assert Constant(start_iter=1).needs_clock
     assert Constant(stop_iter=1).needs_clock
+    assert Constant(every=2).needs_clock
     assert Ramp().needs_clock
     assert Ramp()(0.4, None) == 0.5  # speaks of progress only
 
 
 @pytest.mark.parametrize(
-    "schedule", [Constant(start_iter=5), Constant(stop_iter=5), Warmup(), Step(steps=(5,))]
+    "schedule",
+    [
+        Constant(start_iter=5),
+        Constant(stop_iter=5),
+        Constant(every=2),
+        Warmup(),
+        Step(steps=(5,)),
+    ],
 )
 def test_iterations_need_the_length_of_the_run(schedule):
     with pytest.raises(ValueError, match=f"{type(schedule).__name__} counts iterations.*max_iter"):
@@ -88,6 +110,7 @@ def test_iterations_need_the_length_of_the_run(schedule):
         (lambda: Constant(start_iter=-1), "got start_iter -1"),
         (lambda: Constant(stop_iter=-5), "stop_iter -5"),
         (lambda: Constant(start_iter=5, stop_iter=5), "start_iter 5 and stop_iter 5"),
+        (lambda: Constant(every=0), "every is at least 1, but got 0"),
         (lambda: Warmup(warmup_iters=0), "warmup_iters >= 1, but got 0"),
         (lambda: Ramp(rate=0.0), "rate > 0"),
         (lambda: Ramp(rate=float("nan")), "rate > 0"),
