@@ -179,9 +179,11 @@ class TrainerMixin:
 
     def after_train(self) -> None:
         """The hooks; after a last step that failed, no evaluation, which would wait for others."""
-        if self._done is not None and self._done < self.iter == self.max_iter - 1:
+        reached = self.iter
+        if self._done is not None and self._done < reached == self.max_iter - 1:
             self.iter = self._done  # EvalHook takes the last iteration for the end of training
         super().after_train()  # type: ignore[misc]
+        self.iter = reached
 
     def state_dict(self) -> dict[str, Any]:
         """With the inner trainer's (optimizer, scaler), which Detectron2 0.6 leaves out."""
