@@ -40,7 +40,7 @@ class KDStateMixin(nn.Module):
         self.kd_in_metadata = True
         self._restored = False
         self._then: dict[str, str] = {}  # fingerprints of the sources when the checkpoint was made
-        self._not_restored = "the checkpoint carries no kd state"
+        self._not_restored = "no kd state came with the student's weights"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """

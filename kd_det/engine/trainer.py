@@ -201,7 +201,7 @@ class TrainerMixin:
         0.6; the scaler, of a run without AMP) starts anew.
         """
         own, saved = self._trainer.state_dict(), state.get("_trainer", {})
-        if missing := sorted(own.keys() - saved.keys()):
+        if missing := sorted(own.keys() - saved.keys() - {"iteration"}):
             logger.warning("The checkpoint has no state of %s: it starts anew.", ", ".join(missing))
         inner = {**own, **saved}
         super().load_state_dict({**state, "_trainer": inner})  # type: ignore[misc]

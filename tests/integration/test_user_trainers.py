@@ -168,5 +168,4 @@ def test_a_checkpoint_without_the_optimizer_is_accepted(cfg, lost, caplog):
     del (saved if lost == "_trainer" else saved["_trainer"])[lost]
     trainer.load_state_dict(saved)
     assert trainer.iter == 3
-    assert "The checkpoint has no state of" in caplog.text
-    assert "optimizer: it starts anew" in caplog.text
+    assert "The checkpoint has no state of optimizer: it starts anew" in caplog.text

@@ -206,7 +206,7 @@ def test_changed_terms_are_not_restored(
 
 def test_a_checkpoint_without_kd_state_does_not_resume(distiller: nn.Module) -> None:
     distiller.load_state_dict(distiller.student.state_dict())
-    with pytest.raises(RuntimeError, match=r"carries no kd state.*kd_det\.TrainerMixin"):
+    with pytest.raises(RuntimeError, match=r"no kd state came with.*kd_det\.TrainerMixin"):
         distiller.check_resume(3)
     assert distiller.check_resume(0) is False
     assert distiller.check_resume(None) is False
