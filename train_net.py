@@ -42,7 +42,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         check_solver(cfg)
     check_data(cfg, training=not args.eval_only)
-    check_weights(cfg)
+    check_weights(cfg, resume=args.resume)
     check_output_dir(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")

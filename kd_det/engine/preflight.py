@@ -138,9 +138,14 @@ def check_solver(cfg: CfgNode) -> None:
         )
 
 
-def check_weights(cfg: CfgNode) -> None:
+def check_weights(cfg: CfgNode, *, resume: bool = False) -> None:
     """
     Check that ``MODEL.WEIGHTS``, where it is a local file, is there and whole.
+
+    Args:
+        cfg: the config of the run.
+        resume: whether the run continues from its last checkpoint, if there is one: then nobody
+            reads ``MODEL.WEIGHTS``.
 
     Raises:
         FileNotFoundError: if it is not there.
@@ -148,6 +153,8 @@ def check_weights(cfg: CfgNode) -> None:
     """
     path = cfg.MODEL.WEIGHTS
     if not path or "://" in path:
+        return
+    if resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
     path = path.partition("?")[0]  # ?matching_heuristics=True
     if not os.path.isfile(path):

@@ -107,6 +107,8 @@ class TeacherGap(HookBase):
             (key.removeprefix(_CLASS) if key != _AP else "all", student[key], teacher[key], value)
             for key, value in sorted(gaps.items(), key=lambda item: -item[1])
         ]
+        if not rows:  # a student that predicts nothing yet
+            return
         headers = ("class", "student AP", f"{name} AP", "gap")
         table = tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".1f")
         logger.info("Student and teacher '%s' on %s:\n%s", name, dataset, table)

@@ -199,13 +199,23 @@ class TrainerMixin:
         """
         The counterpart of `state_dict`; what a checkpoint has not (the optimizer, of Detectron2
         0.6; the scaler, of a run without AMP) starts anew.
+
+        Raises:
+            ValueError: if the optimizer's state is of other parameters.
         """
         own, saved = self._trainer.state_dict(), state.get("_trainer", {})
         if missing := sorted(own.keys() - saved.keys() - {"iteration"}):
             logger.warning("The checkpoint has no state of %s: it starts anew.", ", ".join(missing))
         inner = {**own, **saved}
+        try:
+            self._trainer.load_state_dict(inner)
+        except ValueError as e:
+            raise ValueError(
+                "The checkpoint's optimizer trained other parameters than this run's "
+                f"({e}): resume with the same MODEL.BACKBONE.FREEZE_AT, norms and optimizer, or "
+                "start a new run with MODEL.WEIGHTS set to the checkpoint."
+            ) from e
         super().load_state_dict({**state, "_trainer": inner})  # type: ignore[misc]
-        self._trainer.load_state_dict(inner)
 
 
 class _Start(HookBase):

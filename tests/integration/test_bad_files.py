@@ -198,10 +198,13 @@ def saved(run: ToyRun, *, read: bool = False) -> Path:
     return run.out / "model_0000004.pth"
 
 
-def test_a_good_folder_would_resume(run):
+@pytest.mark.parametrize("words", [(), ("MODEL.WEIGHTS", "gone.pth")])  # which nobody reads again
+def test_a_good_folder_would_resume(run, words):
     saved(run)
     with pytest.raises(AssertionError, match="a training step ran"):
-        run.start(resume=True)
+        run.start(*words, resume=True)
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS is 'gone\.pth'"):
+        run.start("MODEL.WEIGHTS", "gone.pth")
 
 
 @pytest.mark.parametrize("how", DAMAGES)

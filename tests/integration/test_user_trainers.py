@@ -169,3 +169,10 @@ def test_a_checkpoint_without_the_optimizer_is_accepted(cfg, lost, caplog):
     trainer.load_state_dict(saved)
     assert trainer.iter == 3
     assert "The checkpoint has no state of optimizer: it starts anew" in caplog.text
+
+
+def test_a_run_resumes_with_the_layers_that_it_trained(cfg):
+    saved = Toy(cfg).state_dict()
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    with pytest.raises(ValueError, match=r"optimizer trained other parameters .*FREEZE_AT"):
+        Toy(cfg).load_state_dict(saved)
