@@ -164,12 +164,23 @@ class TrainerMixin:
         try:
             super().run_step()  # type: ignore[misc]
         except FloatingPointError as e:
-            distiller = find_distiller(self.model)
-            why = "" if distiller is None else distiller.explain_non_finite()
+            why = self._why_not_finite(find_distiller(self.model))
             raise FloatingPointError(
-                f"{e} {why or 'Every distillation term is finite: it is the detector itself.'} "
-                "The weights are those before this step; the last checkpoint is intact."
+                f"{e} {why}The weights are those before this step; the last checkpoint is intact."
             ) from e
+
+    @staticmethod
+    def _why_not_finite(distiller: Distiller | None) -> str:
+        if distiller is None:
+            return ""
+        if why := distiller.explain_non_finite():
+            return why + " "
+        if comm.get_world_size() > 1:  # Detectron2 averages the losses of all, and one raises
+            return (
+                "Every distillation term of this process is finite: it is the detector itself, or "
+                "another process's batch. "
+            )
+        return "Every distillation term is finite: it is the detector itself. "
 
     def after_step(self) -> None:
         """The hooks; what they draw does not reach the next step."""

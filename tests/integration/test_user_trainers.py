@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 import kd_det
 from kd_det.engine import TeacherGap, Trainer
-from tests.toys import batch, toy_cfg
+from tests.toys import batch, distiller_cfg, toy_cfg
 
 
 class Toy(Trainer):
@@ -116,6 +116,32 @@ def test_a_last_step_that_fails_is_not_followed_by_an_evaluation(cfg, tmp_path):
         Diverges(cfg).train()
     assert Diverges.tests == 0
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+@pytest.mark.parametrize(
+    ("distilled", "processes", "says"),
+    [
+        (False, 1, "not finite The weights are"),
+        (True, 1, "not finite Every distillation term is finite: it is the detector itself. The"),
+        (True, 2, "of this process is finite: it is the detector itself, or another process's"),
+    ],
+)
+def test_what_is_not_finite_where_no_term_is(
+    cfg, teacher, distilled, processes, says, tmp_path, monkeypatch
+):
+    if distilled:
+        cfg = distiller_cfg(teacher)
+        cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.SOLVER.MAX_ITER = 1
+    trainer = Toy(cfg)
+
+    def run_step() -> None:
+        raise FloatingPointError("not finite")
+
+    trainer._trainer.run_step = run_step
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    with pytest.raises(FloatingPointError, match=says):
+        trainer.run_step()
 
 
 class Own(DefaultTrainer):
