@@ -199,9 +199,7 @@ class TrainerMixin:
     def state_dict(self) -> dict[str, Any]:
         """With the inner trainer's (optimizer, scaler), which Detectron2 0.6 leaves out."""
         state = super().state_dict()  # type: ignore[misc]
-        if (
-            self._done is not None
-        ):  # after training, where BestCheckpointer saves, `iter` is one more
+        if self._done is not None:  # BestCheckpointer saves after training, where iter is one more
             state["iteration"] = self._done
         state.setdefault("_trainer", self._trainer.state_dict())
         return state
