@@ -32,6 +32,7 @@ def build_random(cfg: CfgNode, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+                # Buffers, which PyTorch's stubs take for modules as well.
                 m.running_mean.normal_(0, 0.3)  # type: ignore[union-attr, operator]
                 m.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
                 m.weight.uniform_(0.5, 1.5)

@@ -94,7 +94,7 @@ def restore_removed_names() -> None:
     from PIL import Image
 
     if not hasattr(Image, "LINEAR"):  # removed in Pillow 10
-        Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
+        Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]  # gone
     for name, builtin in _NUMPY_ALIASES.items():
         # Not hasattr: NumPy answers for removed names with warnings of its own.
         if name not in vars(numpy):

@@ -30,6 +30,16 @@ def step(model: nn.Module, iteration: int, inputs: list | None = None) -> dict[s
         return model(inputs or batch())
 
 
+def resumed_step(
+    model: nn.Module, iteration: int, inputs: list, storage: EventStorage | None = None
+) -> dict[str, Tensor]:
+    """The losses of one forward at an iteration, as of a resumed run: nothing is inherited."""
+    model._restored = True
+    with storage or EventStorage(iteration) as current:
+        current.iter = iteration
+        return model(inputs)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd_det.config import student_config
 from kd_det.connectors import Connector
 from kd_det.registry import CONNECTORS
-from tests.steps import FPN, exactly, gradients, rng_unchanged, seeded
+from tests.steps import FPN, exactly, gradients, resumed_step, rng_unchanged, seeded
 from tests.toys import batch, distiller_cfg
 
 MEASURED, NOT_MEASURED = 18, 12
@@ -31,11 +31,7 @@ def cfg(teacher: tuple[str, str], tmp_path: Path) -> CfgNode:
 
 
 def at(model: nn.Module, iteration: int, storage: EventStorage | None = None) -> dict:
-    """The losses of one forward, as of a resumed run."""
-    model._restored = True
-    with storage or EventStorage(iteration) as current:
-        current.iter = iteration
-        return model(INPUTS)
+    return resumed_step(model, iteration, INPUTS, storage)
 
 
 def written(model: nn.Module, *iterations: int) -> dict[str, float]:

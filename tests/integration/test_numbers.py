@@ -16,7 +16,7 @@ from torch import nn
 from kd_det.config import student_config
 from kd_det.registry import TERMS
 from tests.parts import Relation
-from tests.steps import exactly, seeded, with_schedule
+from tests.steps import exactly, resumed_step, seeded, with_schedule
 from tests.toys import batch, distiller_cfg
 
 INPUTS = batch()
@@ -30,11 +30,7 @@ def cfg(teacher: tuple[str, str], tmp_path: Path) -> CfgNode:
 
 
 def at(model: nn.Module, iteration: int, storage: EventStorage | None = None) -> dict:
-    """The losses of one forward, as of a resumed run."""
-    model._restored = True
-    with storage or EventStorage(iteration) as current:
-        current.iter = iteration
-        return model(INPUTS)
+    return resumed_step(model, iteration, INPUTS, storage)
 
 
 # Without gradients ----------------------------------------------------------------------------
