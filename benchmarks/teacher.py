@@ -20,17 +20,35 @@ from kd_det import Teacher
 from kd_det.context import Context, with_images_on
 from kd_det.taps import Maps
 
-HEAD, FEATURES = ("features", "cls_logits", "box_deltas"), ("features",)
-WHOLE = "stock, all of it: decoding and NMS too"
+HEAD = ("features", "cls_logits", "box_deltas")
+LOGITS, FEATURES = HEAD[:2], HEAD[:1]
+BASE, WHOLE = "stock, to the same depth", "stock, all of it: decoding and NMS too"
 OFF = {"fold_batch_norm": False, "channels_last": False}
 
-# Each adds one means to those above it, which became `Teacher`'s defaults.
-MEANS: dict[str, dict[str, Any]] = {
-    "kd_det, all means off": OFF,
-    "+ BatchNorm folded": {"channels_last": False},
-    "+ channels_last (the default)": {},
-    "+ bfloat16": {"precision": "bfloat16"},
+
+class Means(NamedTuple):
+    """
+    Attributes:
+        arguments: of `Teacher`.
+        targets_saved: whether a term would keep the maps: where none does, as with CWD, the forward
+            is in inference mode.
+    """
+
+    arguments: dict[str, Any]
+    targets_saved: bool = False
+
+
+# Each "+" adds one means to those above it.
+MEANS = {
+    "kd_det, all means off": Means(OFF, targets_saved=True),
+    "+ BatchNorm folded": Means({"channels_last": False}, targets_saved=True),
+    "+ channels_last": Means({}, targets_saved=True),
+    "+ inference mode (the default)": Means({}),
+    "+ bfloat16": Means({"precision": "bfloat16"}),
+    "the default, images of half the size": Means({"scale": 0.5}),
+    "the default, compiled": Means({"compile": True}),
 }
+FEW = ("+ inference mode (the default)", "+ bfloat16")
 
 
 class Size(NamedTuple):
@@ -41,14 +59,15 @@ class Size(NamedTuple):
     image: tuple[int, int] = (480, 640)
     overrides: tuple[Any, ...] = ()
     tables: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-        "features and head": (HEAD, tuple(MEANS)),
-        "features only": (FEATURES, tuple(MEANS)),
+        "features and class logits": (LOGITS, tuple(MEANS)),
+        "features, class logits and box deltas": (HEAD, FEW),
+        "features only": (FEATURES, FEW),
     }
 
 
 SIZES = {
     "full": Size(),
-    "short": Size(image=(240, 320), tables={"features and head": (HEAD, tuple(MEANS))}),
+    "short": Size(image=(240, 320), tables={"features and class logits": (LOGITS, FEW)}),
 }
 
 
@@ -78,9 +97,8 @@ def _measure(
     options: Options,
     report: Report,
 ) -> None:
-    base = "stock, to the same depth"
     variants: dict[str, Callable[[], Any]] = {
-        base: lambda: stock(model, inputs, head="cls_logits" in taps),
+        BASE: lambda: stock(model, inputs, head="cls_logits" in taps),
         WHOLE: lambda: _whole(model, inputs),
         **teachers,
     }
@@ -90,7 +108,7 @@ def _measure(
         [
             name,
             spread(samples[name]).text(0, 1e3),
-            spread(ratios(samples, name, base)).text(),
+            spread(ratios(samples, name, BASE)).text(),
             f"{memory[name].peak / 2**20:.0f}",
         ]
         for name in variants
@@ -101,7 +119,7 @@ def _measure(
         "seconds": samples,
         "memory": {name: found._asdict() for name, found in memory.items()},
     }
-    _accuracy(title, variants[base](), teachers, report)
+    _accuracy(title, variants[BASE](), teachers, report)
 
 
 def _accuracy(
@@ -116,6 +134,8 @@ def _accuracy(
         rows, samples = [], {}
         for name, teacher in teachers.items():
             maps = teacher()[tap]
+            if maps[names[0]].shape != expected[tap][names[0]].shape:
+                continue  # of smaller images
             pairs = {level: (maps[level], expected[tap][level]) for level in names}
             plain = {level: _distance(a, b) for level, (a, b) in pairs.items()}
             # What channel-wise losses see: a constant per channel is nothing to them, and with
@@ -160,10 +180,11 @@ def _whole(model: nn.Module, inputs: list[dict[str, Any]]) -> object:
 
 
 def _teacher(
-    model: nn.Module, means: dict[str, Any], taps: tuple[str, ...], inputs: list[dict[str, Any]]
+    model: nn.Module, means: Means, taps: tuple[str, ...], inputs: list[dict[str, Any]]
 ) -> Callable[[], Mapping[str, Maps]]:
     """Ready to run on a batch, as in a Distiller's step."""
-    source = Teacher(model=model, **means).to(next(model.parameters()).device)
+    source = Teacher(model=model, **means.arguments).to(next(model.parameters()).device)
+    source.targets_saved = means.targets_saved
     source.shapes(taps)
     source.prepare(taps)
     context = Context(inputs, "BGR", model)
