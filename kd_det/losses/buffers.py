@@ -7,9 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-# Smaller ones the C library's own heap uses again.
-_SMALLEST = 4 << 20  # bytes
-
 # Not shared with forked processes (data loader workers). Windows has no such flags, nor forks.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
@@ -21,9 +18,14 @@ class Buffers:
     PyTorch has no caching allocator for the CPU: a map of tens of MiB gets fresh pages from the
     system in every step, and the faults of its first writes cost as much as a third of a whole
     distillation loss. What is kept between steps is what the last ones needed at once.
+
+    Args:
+        smallest: bytes of the smallest tensor that gets borrowed memory: smaller ones the C
+            library's own heap uses again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, smallest: int = 4 << 20) -> None:
+        self.smallest = smallest
         self._free: list[mmap.mmap] = []
 
     @property
@@ -36,7 +38,7 @@ class Buffers:
         # A subclass may have no memory of its own (fake tensors say that they are on the CPU), and
         # who follows operators, as a dry run does for its peak, is to see an allocation.
         plain = type(x) is Tensor and _get_current_dispatch_mode() is None
-        if x.device.type != "cpu" or x.nbytes < _SMALLEST or not plain:
+        if x.device.type != "cpu" or x.nbytes < self.smallest or not plain:
             return torch.empty_like(x)
         memory = self._take(x.nbytes)
         lease = memoryview(memory)

@@ -14,6 +14,7 @@ from benchmarks.command import Options
 from benchmarks.memory import measure_memory
 from benchmarks.report import DOCS, Report, Table, write_docs
 from benchmarks.turns import ratios, seconds, spread, take_turns
+from kd_det.losses.buffers import GRADIENTS
 
 CPU = torch.device("cpu")
 TINY = loss.Case("maps", 3, 2, (64, 96))
@@ -68,6 +69,16 @@ def test_memory_is_what_was_allocated_at_once_and_what_is_left():
     assert found.held == 4000  # the result
     assert measure_memory(lambda: (x + 1).sum(), CPU).held == 4
     assert measure_memory(lambda: x, CPU) == (0, 0)
+
+
+def test_memory_that_is_kept_between_steps_counts():
+    x = torch.ones(1 << 20)
+    assert GRADIENTS.empty_like(x).nbytes == 4 << 20  # borrowed, and given back at once
+    kept = GRADIENTS.free_bytes
+    assert kept >= 4 << 20
+    assert measure_memory(lambda: GRADIENTS.empty_like(x), CPU).held == 4 << 20
+    GRADIENTS.empty_like(x)
+    assert GRADIENTS.free_bytes == kept
 
 
 def test_all_forms_of_the_loss_are_held_to_one_value():

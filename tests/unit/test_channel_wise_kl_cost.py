@@ -70,7 +70,7 @@ def test_one_copy_of_the_map_and_scratch(monkeypatch, dtype):
     size = student.nbytes
     monkeypatch.setitem(channel_wise_eager._BLOCK_BYTES, "cpu", size // 64)
     monkeypatch.setattr(channel_wise_eager, "_LARGEST_SHARE", 0)  # whatever the number of threads
-    monkeypatch.setattr(buffers, "_SMALLEST", 1)  # lent memory would be seen as well
+    monkeypatch.setattr(buffers.GRADIENTS, "smallest", 1)  # lent memory would be seen as well
     leaf = student.requires_grad_()
     with StoragePeak() as tracker:
         loss = channel_wise_kl(leaf, teacher, tau=2.0)
@@ -114,9 +114,8 @@ def test_threads_share_a_block(monkeypatch):
 
 
 @pytest.fixture
-def lent(monkeypatch):
-    monkeypatch.setattr(buffers, "_SMALLEST", 1)
-    return buffers.Buffers()
+def lent():
+    return buffers.Buffers(smallest=1)
 
 
 def test_memory_is_lent_again_when_the_last_tensor_is_gone(lent):
