@@ -45,9 +45,10 @@ class Point(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
 
+BASES = {"full": Point(image=1024), "short": Point()}
 SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
     "full": {
-        "image": (256, 384, 512, 768, 1024, 1536),
+        "image": (512, 768, 1024, 1536, 2048),
         "batch": (1, 2, 4, 8, 16),
         "channels": (64, 128, 256, 512, 1024),
         "levels": (1, 2, 3, 4, 5),
@@ -70,7 +71,7 @@ def run(
 ) -> Report:
     """Measure every sweep."""
     kind = "short" if options.short else "full"
-    report, base = Report(), base or Point()
+    report, base = Report(), base or BASES[kind]
     points: dict[str, list[dict[str, Any]]] = {}
     for axis, values in (sweeps or SWEEPS[kind]).items():
         points[axis] = _sweep([base._replace(**{axis: v}) for v in values], options)
