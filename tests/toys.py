@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 from torch import nn
 
@@ -59,6 +59,15 @@ def toy_cfg(
         cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
         cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 3
         levels = 5
+    if arch in ("SemanticSegmentor", "PanopticFPN"):
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = classes + 1
+        cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = fpn
+        cfg.MODEL.SEM_SEG_HEAD.NORM = norm
+        cfg.MODEL.MASK_ON = arch == "PanopticFPN"
+        cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+        cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+        cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+        cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 4
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
         [16 * 2**i + j for j in range(sizes)] for i in range(levels)
     ]
@@ -150,6 +159,22 @@ def batch(
         instances.gt_classes = torch.randint(3, (boxes,), generator=g)
         image = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances, "height": h, "width": w})
+    return inputs
+
+
+def with_pixels(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the boxes as masks: background 0, class + 1 inside, 255 along the top."""
+    for x in inputs:
+        h, w = x["image"].shape[-2:]
+        found = x["instances"]
+        masks = torch.zeros(len(found), h, w, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, found.gt_boxes.tensor.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+        found.gt_masks = BitMasks(masks)
+        x["sem_seg"] = torch.zeros(h, w, dtype=torch.long)
+        for mask, label in zip(masks, found.gt_classes, strict=True):
+            x["sem_seg"][mask] = label + 1
+        x["sem_seg"][0] = 255
     return inputs
 
 

@@ -12,12 +12,15 @@ from kd_det.detectors.detector import (
     set_running_values,
 )
 from kd_det.detectors.rcnn import GeneralizedRCNN
+from kd_det.detectors.semantic import PanopticFPN, SemanticSegmentor
 
 __all__ = [
     "DenseDetector",
     "Depth",
     "Detector",
     "GeneralizedRCNN",
+    "PanopticFPN",
+    "SemanticSegmentor",
     "TapShape",
     "describe",
     "meta_copy",

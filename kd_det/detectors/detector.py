@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from kd_det.registry import DETECTORS, did_you_mean
@@ -81,6 +81,16 @@ class Detector:
         Never target assignment, losses, decoding or NMS.
         """
         raise NotImplementedError
+
+    def preprocess(self, inputs: list[dict[str, Any]]) -> ImageList:
+        """
+        The images of a batch, normalised and padded as the model's own forward does it.
+
+        Args:
+            inputs: Detectron2's batch format, images in the model's channel order.
+        """
+        images: ImageList = self.model.preprocess_image(inputs)
+        return images
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:
         """

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kd_det.detectors import describe
 from kd_det.distiller import Distiller
 from kd_det.engine.teacher_ap import check_gates
 from kd_det.plan import plan_table
@@ -47,7 +48,7 @@ def dry_run(cfg: CfgNode) -> str:
     model.on_start = None  # student.yaml belongs to runs
     check_gates(cfg, model)
     model.prepare()
-    images = model.student.preprocess_image(batch).tensor  # type: ignore[operator]
+    images = describe(model.student).preprocess(batch).tensor
     n, _, h, w = images.shape
     del images
     _, plain_peak = measure_step(model.student, batch)

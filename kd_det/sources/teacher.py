@@ -204,7 +204,7 @@ class Teacher(Source):
             torch.autocast(self.hidden._place.device.type, enabled=False),
             Recorder(model, resolved.values(), self._expected_calls) as recorder,
         ):
-            images = model.preprocess_image(self._inputs(context))  # type: ignore[operator]
+            images = detector.preprocess(self._inputs(context))
             # Not `precision`: the owner may have been cast since (.half(), .double()).
             dtype = next(model.parameters()).dtype
             tensor = images.tensor.to(dtype, memory_format=self.memory_format)
