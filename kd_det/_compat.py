@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detectron2.modeling import Backbone
-    from detectron2.structures import ImageList
     from detectron2.utils.events import EventStorage
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -123,21 +120,6 @@ def get_event_storage_or_none() -> "EventStorage | None":
         return events.get_event_storage()
     except (AssertionError, IndexError):  # IndexError: under `python -O`
         return None
-
-
-def padded(images: "list[Tensor]", backbone: "Backbone") -> "ImageList":
-    """Pad images to one size as a backbone wants them (0.6 knows a divisor alone).
-
-    Args:
-        images: each ``(3, H, W)``.
-        backbone: whose wishes count.
-    """
-    from detectron2.structures import ImageList
-
-    constraints = (
-        {} if d2_version() == "0.6" else {"padding_constraints": backbone.padding_constraints}
-    )
-    return ImageList.from_tensors(images, backbone.size_divisibility, **constraints)
 
 
 def create_local_process_group(workers_per_machine: int) -> None:

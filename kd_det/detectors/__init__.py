@@ -11,10 +11,12 @@ from kd_det.detectors.detector import (
     running_values,
     set_running_values,
 )
+from kd_det.detectors.generic import AnyModule
 from kd_det.detectors.rcnn import GeneralizedRCNN
 from kd_det.detectors.semantic import PanopticFPN, SemanticSegmentor
 
 __all__ = [
+    "AnyModule",
     "DenseDetector",
     "Depth",
     "Detector",

@@ -1,42 +1,50 @@
 """Dense detectors of Detectron2: RetinaNet, and any other `DenseDetector`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from detectron2.structures import Boxes
 from torch import Tensor
 
 from kd_det.detectors.detector import Depth, Detector
-from kd_det.detectors.pieces import head_branches, in_turn, stages
+from kd_det.detectors.pieces import bottom_up, head_branches, in_turn, stages
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
 
-def backbone_presets(backbone: Any, levels: Sequence[str]) -> dict[str, Tap]:
+def backbone_presets(backbone: Any, levels: Sequence[str] = ()) -> dict[str, Tap]:
     """
-    ``features``: the pyramid levels that the head reads; ``res2``...: the bottom-up stages.
+    ``features``: the pyramid levels that the head reads; ``res2``...: the bottom-up stages, or for
+    a ViT, which has one stride, its last map (``last_feat``).
 
     Args:
-        backbone: a Detectron2 backbone; an FPN's bottom-up network is found by its attribute.
-        levels: names of the pyramid levels, fine to coarse.
+        backbone: a Detectron2 backbone.
+        levels: names of the pyramid levels, fine to coarse; empty for all of them.
     """
+    shapes = backbone.output_shape()
+    levels = tuple(levels) or tuple(sorted(shapes, key=lambda f: shapes[f].stride))
     top_block = getattr(backbone, "top_block", None)
     extra = getattr(top_block, "num_levels", 0)
-    names = list(backbone.output_shape())
+    names = list(shapes)
     # An FPN lists its extra levels last; what they are made of decides if two of them compare.
     top = set(names[len(names) - extra :] if extra else [])
     # A top block works on the last map of the pyramid (p5) or of the bottom-up network.
     below = "pyramid" if str(getattr(top_block, "in_feature", "")).startswith("p") else "bottom-up"
     made_by = f"{type(top_block).__name__} on {below}"
     origins = tuple(made_by if level in top else "" for level in levels)
-    presets = {"features": Tap("features", "backbone", levels=tuple(levels), origins=origins)}
-    bottom_up = getattr(backbone, "bottom_up", None)
-    known = dict(stages(bottom_up))
-    for stage in bottom_up.output_shape() if bottom_up is not None else ():
+    presets = {"features": Tap("features", "backbone", levels=levels, origins=origins)}
+    path, net = bottom_up(backbone)
+    known = dict(stages(net))
+    for stage in net.output_shape():
         if stage in known:  # its own module: what comes behind it need not run
-            presets[stage] = Tap(stage, f"backbone.bottom_up.{stage}", levels=(stage,))
+            tap = Tap(stage, f"{path}.{stage}", levels=(stage,))
         else:
-            presets[stage] = Tap(stage, "backbone.bottom_up", key=stage, levels=(stage,))
+            tap = Tap(stage, path, key=stage, levels=(stage,))
+        # A Swin's stages are p0, p1...: in front of a pyramid, p3 would be two things.
+        clash = net is not backbone and stage in shapes
+        name = f"bottom_up.{stage}" if clash else stage
+        presets[name] = replace(tap, name=name)
     return presets
 
 
@@ -45,14 +53,14 @@ def backbone_depths(backbone: Any) -> list[Depth]:
     The bottom-up network up to each of its stages, which spares a tap on ``res4`` the last stage
     and the pyramid, all of it, and the whole backbone.
     """
-    bottom_up = getattr(backbone, "bottom_up", None)
+    path, net = bottom_up(backbone)
     depths, paths, modules = [], [], []
-    for name, stage in stages(bottom_up):
-        paths.append(f"backbone.bottom_up.{name}")
+    for name, stage in stages(net):
+        paths.append(f"{path}.{name}")
         modules.append(stage)
         depths.append(Depth(tuple(paths), in_turn(tuple(modules))))
-    if bottom_up is not None:
-        depths.append(Depth(("backbone.bottom_up",), bottom_up))
+    if net is not backbone:
+        depths.append(Depth((path,), net))
     return [*depths, Depth(("backbone",), backbone)]
 
 

@@ -2,17 +2,18 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from kd_det.detectors.images import image_tensor, size_divisibility
 from kd_det.registry import DETECTORS, did_you_mean
-from kd_det.taps import Recorder, Tap, find_module
+from kd_det.taps import Maps, Recorder, Tap, find_module
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Depth:
 
     reaches: tuple[str, ...]
     forward: Callable[[Tensor], Any]
+
+    def has(self, path: str) -> bool:
+        """Whether the module at this path is run."""
+        return any(path == part or path.startswith(part + ".") for part in self.reaches)
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,6 @@ class Detector:
         """
         raise NotImplementedError
 
-    def preprocess(self, inputs: list[dict[str, Any]]) -> ImageList:
-        """
-        The images of a batch, normalised and padded as the model's own forward does it.
-
-        Args:
-            inputs: Detectron2's batch format, images in the model's channel order.
-        """
-        images: ImageList = self.model.preprocess_image(inputs)
-        return images
-
     def anchors(self, features: list[Tensor]) -> list[Boxes]:
         """
         One `Boxes` of ``(H * W * A, 4)`` per level, XYXY in pixels of the padded input.
@@ -115,16 +110,48 @@ class Detector:
             find_module(self.model, name)
         except KeyError as e:
             near = did_you_mean(name, presets)
-            raise KeyError(f"{e.args[0]} Presets: {', '.join(presets)}.{near}") from None
+            known = ", ".join(presets) or "none"
+            raise KeyError(f"{e.args[0]} Presets: {known}.{near}") from None
         return Tap(name=name, path=name)
 
-    def run(self, image_tensor: Tensor, taps: Iterable[Tap]) -> None:
+    def preprocess(self, inputs: list[dict[str, Any]]) -> Tensor:
+        """
+        What `run` takes of a batch: ``(N, 3, H, W)``, see `kd_det.detectors.images.image_tensor`.
+
+        Args:
+            inputs: Detectron2's batched inputs, images in the model's channel order.
+        """
+        return image_tensor(self.model, inputs)
+
+    def run_batch(
+        self,
+        inputs: list[dict[str, Any]],
+        taps: Iterable[Tap],
+        cast: Callable[[Tensor], Tensor],
+        calls: Mapping[str, int] | None = None,
+    ) -> None:
+        """
+        `preprocess`, cast, `run`: what a source does with a batch.
+
+        Args:
+            inputs: as in `preprocess`.
+            taps: as in `run`.
+            cast: brings the image tensor to the dtype and memory format of the weights.
+            calls: as in `run`.
+        """
+        self.run(cast(self.preprocess(inputs)), taps, calls)
+
+    def run(
+        self, images: Tensor, taps: Iterable[Tap], calls: Mapping[str, int] | None = None
+    ) -> None:
         """
         Run the detector as deep as the taps need, and no deeper.
 
         Args:
-            image_tensor: ``(N, 3, H, W)``, normalised and padded by the model itself.
+            images: ``(N, 3, H, W)``, normalised and padded by the model itself.
             taps: what a surrounding Recorder wants to see.
+            calls: how often the tapped modules fire, by path: lets a forward that goes on behind
+                the taps stop there. The explicit `depths` need no stop.
 
         Raises:
             ValueError: if a tap lies deeper than that (in a ROI head, say).
@@ -134,37 +161,29 @@ class Detector:
             return
         depths = self.depths()
         for depth in depths:
-            if all(_is_under(path, depth.reaches) for path in paths):
-                depth.forward(image_tensor)
+            if all(map(depth.has, paths)):
+                depth.forward(images)
                 return
         reaches = depths[-1].reaches
-        tap = next(tap for path, tap in paths.items() if not _is_under(path, reaches))
+        tap = next(tap for path, tap in paths.items() if not depths[-1].has(path))
         raise ValueError(
             f"Tap '{tap.name}' (module '{tap.path}') of {type(self.model).__name__} lies outside "
             f"of {', '.join(reaches)}, the parts that a source runs."
         )
 
 
-def _is_under(path: str, prefixes: Iterable[str]) -> bool:
-    return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
-
-
 def describe(model: nn.Module) -> Detector:
     """
-    The description of a model, by the name of its class or of the nearest base class.
+    The description of a model, by the name of its class or of the nearest base class; what no
+    description is for is described as `kd_det.detectors.AnyModule`.
 
     Raises:
-        ValueError: if no class of its MRO has one.
+        ValueError: if it is no `nn.Module`.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in DETECTORS:
             return DETECTORS.get(cls.__name__)(model)
-    known = ", ".join(sorted(name for name, _ in DETECTORS))
-    raise ValueError(
-        f"kd_det has no description of the meta-architecture {type(model).__name__} (known: "
-        f"{known}). Register a kd_det.detectors.Detector under its name in "
-        "kd_det.registry.DETECTORS: it names the taps and how deep a forward can go."
-    )
+    raise ValueError(f"A detector is an nn.Module, but got a {type(model).__name__}.")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -187,13 +206,16 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
 
     Returns:
         For each tap's name its levels in order.
+
+    Raises:
+        ValueError: if something tapped is not channels-first, or cannot be reached.
     """
     taps = list(taps)
     architecture = meta_copy(model).eval()
     backbone = getattr(architecture, "backbone", None)
-    # A square canvas that every stride up to 128 and the backbone's own constraint divide.
+    # A square canvas that every stride up to 128 and the model's own constraint divide.
     side = int(getattr(backbone, "padding_constraints", {}).get("square_size", 0)) or math.lcm(
-        512, int(getattr(backbone, "size_divisibility", 0)) or 1
+        512, size_divisibility(architecture) or 1
     )
     first = next(chain(architecture.parameters(), architecture.buffers()))
     canvas = torch.empty(1, 3, side, side, device="meta", dtype=first.dtype)
@@ -202,6 +224,7 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     shapes = {}
     for tap in taps:
         maps = recorder.maps(tap)
+        _check_layout(architecture, tap, maps)
         calls = len(recorder.calls[tap.path])
         origins = tap.origins or ("",) * len(maps)
         shapes[tap.name] = [
@@ -211,12 +234,26 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     return shapes
 
 
+def _check_layout(model: nn.Module, tap: Tap, maps: Maps) -> None:
+    """Of a square image every ``(N, C, H, W)`` map is square; a transformer's rarely is."""
+    for level, x in maps.items():
+        if x.shape[2] != x.shape[3]:
+            last = ", so its channels come last" if x.shape[1] == x.shape[2] else ""
+            presets = ", ".join(describe(model).presets()) or "none"
+            raise ValueError(
+                f"Tap '{tap.name}' (module '{tap.path}', level '{level}') gives {tuple(x.shape)} "
+                f"for a square image{last}: a term compares (N, C, H, W) maps. Blocks of a "
+                "transformer cannot be tapped; its backbone brings its output into that shape. "
+                f"Presets of this {type(model).__name__}: {presets}."
+            )
+
+
 def running_values(model: nn.Module) -> dict[str, Any]:
     """
     What the detector inside of ``model`` keeps from step to step outside of its state_dict, by
-    attribute name; empty for meta-architectures that kd_det has no description of.
+    attribute name; empty for meta-architectures that keep nothing that kd_det knows of.
     """
-    found = _described(model)
+    found = _with_running_values(model)
     if found is None:
         return {}
     return {k: getattr(found.model, k) for k in found.running if hasattr(found.model, k)}
@@ -224,13 +261,10 @@ def running_values(model: nn.Module) -> dict[str, Any]:
 
 def set_running_values(model: nn.Module, values: dict[str, Any]) -> None:
     """The counterpart of `running_values`."""
-    found = _described(model)
+    found = _with_running_values(model)
     if found is not None:
         vars(found.model).update(values)
 
 
-def _described(model: nn.Module) -> Detector | None:
-    for module in model.modules():
-        if any(cls.__name__ in DETECTORS for cls in type(module).__mro__):
-            return describe(module)
-    return None
+def _with_running_values(model: nn.Module) -> Detector | None:
+    return next((d for d in map(describe, model.modules()) if d.running), None)

@@ -12,19 +12,31 @@ from torch import Tensor, nn
 _BRANCHES = {"cls_logits": ("cls_subnet", "cls_score"), "box_deltas": ("bbox_subnet", "bbox_pred")}
 
 
-def stages(bottom_up: nn.Module | None) -> list[tuple[str, nn.Module]]:
+def bottom_up(backbone: nn.Module) -> tuple[str, Any]:
+    """
+    Path and module of the network under a pyramid: ``bottom_up`` of an `FPN`, ``net`` of a ViTDet's
+    `SimpleFeaturePyramid`; the backbone itself where there is no pyramid (C4, DC5).
+    """
+    for name in ("bottom_up", "net"):
+        net = getattr(backbone, name, None)
+        if hasattr(net, "output_shape"):
+            return f"backbone.{name}", net
+    return "backbone", backbone
+
+
+def stages(net: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     Names and modules of a bottom-up network that is a chain, in the order of its forward; empty
     for networks that are not known to be one.
     """
-    forward = getattr(type(bottom_up), "forward", None)  # a subclass may do something else
-    if isinstance(bottom_up, ResNet) and forward is ResNet.forward:
-        named = list(zip(bottom_up.stage_names, bottom_up.stages, strict=True))
-    elif isinstance(bottom_up, AnyNet) and forward is AnyNet.forward:
-        named = [(name, stage) for stage, name in bottom_up.stages_and_names]
+    forward = type(net).forward  # a subclass may do something else
+    if isinstance(net, ResNet) and forward is ResNet.forward:
+        named = list(zip(net.stage_names, net.stages, strict=True))
+    elif isinstance(net, AnyNet) and forward is AnyNet.forward:
+        named = [(name, stage) for stage, name in net.stages_and_names]
     else:
         return []
-    return [("stem", bottom_up.stem), *named]
+    return [("stem", net.stem), *named]
 
 
 def head_branches(head: nn.Module) -> dict[str, tuple[str, str]]:

@@ -20,10 +20,11 @@ class GeneralizedRCNN(Detector):
         return getattr(self.model.roi_heads, "num_classes", None)
 
     def presets(self) -> dict[str, Tap]:  # noqa: D102  # as in the base
-        backbone = self.model.backbone
-        shapes = backbone.output_shape()
-        presets = backbone_presets(backbone, sorted(shapes, key=lambda f: shapes[f].stride))
-        levels = tuple(self.model.proposal_generator.in_features)
+        presets = backbone_presets(self.model.backbone)
+        rpn = self.model.proposal_generator
+        if not hasattr(rpn, "rpn_head"):  # precomputed proposals
+            return presets
+        levels = tuple(rpn.in_features)
         for key, (name, kind) in enumerate([("rpn_logits", "logits"), ("rpn_deltas", "deltas")]):
             presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind)
         return presets
@@ -34,10 +35,10 @@ class GeneralizedRCNN(Detector):
             rpn = self.model.proposal_generator
             return rpn.rpn_head([maps[f] for f in rpn.in_features])
 
-        return [
-            *backbone_depths(self.model.backbone),
-            Depth(("backbone", "proposal_generator.rpn_head"), rpn_head),
-        ]
+        depths = backbone_depths(self.model.backbone)
+        if hasattr(self.model.proposal_generator, "rpn_head"):
+            depths.append(Depth(("backbone", "proposal_generator.rpn_head"), rpn_head))
+        return depths
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.proposal_generator.anchor_generator(features)

@@ -3,10 +3,8 @@
 from typing import Any
 
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from kd_det._compat import padded
 from kd_det.detectors.dense import backbone_depths, backbone_presets
 from kd_det.detectors.detector import Depth, Detector
 from kd_det.detectors.rcnn import GeneralizedRCNN
@@ -55,16 +53,6 @@ class SemanticSegmentor(Detector):
             *backbone_depths(self.model.backbone),
             Depth(("backbone", "sem_seg_head"), head),
         ]
-
-    def preprocess(self, inputs: list[dict[str, Any]]) -> ImageList:
-        """As in the base; Detectron2's class does it inside of its forward."""
-        model = self.model
-        if hasattr(model, "preprocess_image"):  # a subclass of yours
-            return super().preprocess(inputs)
-        images = [
-            (x["image"].to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs
-        ]
-        return padded(images, model.backbone)
 
 
 @DETECTORS.register()

@@ -48,7 +48,7 @@ def dry_run(cfg: CfgNode) -> str:
     model.on_start = None  # student.yaml belongs to runs
     check_gates(cfg, model)
     model.prepare()
-    images = describe(model.student).preprocess(batch).tensor
+    images = describe(model.student).preprocess(batch)
     n, _, h, w = images.shape
     del images
     _, plain_peak = measure_step(model.student, batch)

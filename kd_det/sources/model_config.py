@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kd_det.paths import CONFIGS, find_file
 from kd_det.sources.source import SourceUnavailable
@@ -105,9 +106,20 @@ class ModelConfig:
         return default_test_mapper(self._cfg, input_format)
 
     def build(self, device: torch.device | str) -> nn.Module:
-        """Build the architecture with fresh weights; on ``"meta"`` without storage."""
+        """
+        Build the architecture with fresh weights; on ``"meta"`` without storage, unless its
+        constructor reads values of tensors: then it is built on the CPU first.
+        """
         device = torch.device(device)
-        with torch.device(device):
+        if device.type != "meta":
+            return self._build(device)
+        try:
+            return self._build(device)
+        except (RuntimeError, NotImplementedError):  # what reading a meta tensor raises
+            return self._build(torch.device("cpu")).to(device)
+
+    def _build(self, device: torch.device) -> nn.Module:
+        with device, _RealLinspace():
             if self._is_lazy:
                 return instantiate(self._cfg.model).to(device)
             cfg = self._cfg.clone()
@@ -133,6 +145,18 @@ class ModelConfig:
         cfg = get_cfg()
         cfg.merge_from_other_cfg(CfgNode(loaded))
         return cfg
+
+
+class _RealLinspace(TorchFunctionMode):
+    """Detectron2's transformers compute the drop rates of their blocks so, and read them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def default_test_mapper(cfg: CfgNode, input_format: str) -> DatasetMapper:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -126,6 +127,7 @@ class Teacher(Source):
         self._input_format = input_format
         self._fingerprint = ""
         self._expected_calls: dict[str, int] = {}
+        self._counted: set[str] = set()
         # Out of the module tree, shared by deepcopies, and never changed: a copy of it is held.
         self._given = Shared(model)
 
@@ -204,11 +206,14 @@ class Teacher(Source):
             torch.autocast(self.hidden._place.device.type, enabled=False),
             Recorder(model, resolved.values(), self._expected_calls) as recorder,
         ):
-            images = detector.preprocess(self._inputs(context))
             # Not `precision`: the owner may have been cast since (.half(), .double()).
             dtype = next(model.parameters()).dtype
-            tensor = images.tensor.to(dtype, memory_format=self.memory_format)
-            detector.run(tensor, resolved.values())
+            cast = partial(Tensor.to, dtype=dtype, memory_format=self.memory_format)
+            # A tap's first forward runs to its end, to see that it fires no more than expected.
+            paths = {tap.path for tap in resolved.values()}
+            calls = self._expected_calls if paths <= self._counted else None
+            detector.run_batch(self._inputs(context), resolved.values(), cast, calls)
+            self._counted |= paths
         return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
 
     def _inputs(self, context: Context) -> list[dict[str, Any]]:

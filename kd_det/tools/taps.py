@@ -37,12 +37,13 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
 
     Args:
         model: the detector, on any device; its meta copy is run once.
-        all_modules: also the modules that give feature maps.
+        all_modules: also the modules that give feature maps; a detector without presets lists
+            them in any case.
     """
     detector = describe(model)
     taps = list(detector.presets().values())
     rows = []
-    if all_modules:
+    if all_modules or not taps:
         presets = {tap.path for tap in taps}
         reached = detector.depths()[-1].reaches
         taps += [
@@ -59,4 +60,5 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
             [tap.name, s.level, s.channels, s.stride, s.calls, tap.kind, s.origin or "-"]
             for s in shapes
         ]
-    return tabulate(rows, headers=["tap", "level", "channels", "stride", "calls", "kind", "origin"])
+    headers = ["tap", "level", "channels", "stride", "calls", "kind", "origin"]
+    return tabulate(rows, headers=headers, disable_numparse=[0, 1])  # a path may read like a number

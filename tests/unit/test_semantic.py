@@ -3,6 +3,8 @@
 import copy
 import inspect
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,7 +159,7 @@ def test_the_class_map_is_what_the_model_predicts(model):
     tap = detector.tap(MAP)
     one = inputs(((96, 64),))
     with torch.no_grad(), Recorder(model, [tap]) as recorder:
-        detector.run(detector.preprocess(one).tensor, [tap])
+        detector.run(detector.preprocess(one), [tap])
         (found,) = recorder.maps(tap).values()
         predicted = model(one)[0]["sem_seg"]  # (K, 96, 64), enlarged and cropped
     enlarged = F.interpolate(found, scale_factor=4, mode="bilinear", align_corners=False)
@@ -173,7 +175,7 @@ def test_images_are_prepared_as_the_model_does_it(model, training):
     model.backbone.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with EventStorage(0), torch.no_grad():
         model(inputs())
-    exactly(describe(model).preprocess(inputs()).tensor, seen[0])
+    exactly(describe(model).preprocess(inputs()), seen[0])
 
 
 def test_a_backbones_square_is_padded_to(monkeypatch):
@@ -182,12 +184,12 @@ def test_a_backbones_square_is_padded_to(monkeypatch):
     if "padding_constraints" not in inspect.getsource(type(model)):
         pytest.skip("Detectron2 0.6 pads to a divisor only")
     monkeypatch.setattr(backbone, "padding_constraints", property(lambda m: {"square_size": 192}))
-    assert describe(model).preprocess(inputs()).tensor.shape == (2, 3, 192, 192)
+    assert describe(model).preprocess(inputs()).shape == (2, 3, 192, 192)
 
 
 def test_a_preprocessing_of_a_subclass_counts(monkeypatch):
     model = build_model(toy_cfg(arch="SemanticSegmentor"))
-    model.preprocess_image = lambda inputs: "mine"
+    model.preprocess_image = lambda inputs: SimpleNamespace(tensor="mine")
     assert describe(model).preprocess([]) == "mine"
 
 
@@ -241,7 +243,7 @@ def test_the_loss_is_the_papers_on_the_cells_of_the_images(arch):
     student.sem_seg_head.predictor.register_forward_hook(lambda m, i, x: seen.append(x.detach()))
     value = step(distilled(teacher, student), 0, one)["loss_kd_classes"]
     with torch.no_grad():
-        images = describe(teacher.eval()).preprocess(one).tensor
+        images = describe(teacher.eval()).preprocess(one)
         target = teacher.sem_seg_head.layers(teacher.backbone(images))
     s, t = (x.double().flatten(2).tolist() for x in (seen[-1], target))
     cells = torch.zeros(2, 16, 16)  # 64 pixels

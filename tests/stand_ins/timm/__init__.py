@@ -1,0 +1,1 @@
+"""Stands in for timm, of which Detectron2's ViT, Swin and MViT use two small classes."""
