@@ -2,22 +2,34 @@
 Taps: which tensors inside a detector a term reads, and the Recorder that reads them.
 
 A tap is a module path plus a rule that turns what the module returned, over all its calls in one
-forward, into *maps*: an ordered ``{level name: (N, C, H, W) tensor}``. References are kept, never
-clones: a tensor that its owner later changes in place must be tapped before that (RetinaNet and
-FCOS change their logits during inference, which is why sources stop at the head).
+forward, into *maps*: an ordered ``{level name: (N, C, H, W) tensor}``. Where a detector looks at
+regions of interest there are rows instead, one per region. References are kept, never clones: a
+tensor that its owner later changes in place must be tapped before that (RetinaNet and FCOS change
+their logits during inference, which is why sources stop at the head).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kd_det.registry import did_you_mean
 
 Maps = dict[str, Tensor]
-"""Level name to ``(N, C, H, W)`` tensor, in the order of the detector's levels."""
+"""
+Level name to ``(N, C, H, W)`` tensor, in the order of the detector's levels; of a tap whose kind is
+in `ROWS`, stage name to ``(R, C)`` tensor.
+"""
+
+ROWS = ("proposals", "roi_scores", "roi_deltas")
+"""
+Kinds of taps, and the presets of these names, that give a row per region of interest: how many, R,
+differs from step to step.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,14 @@ class Tap:
         key: picks one element of what the module returns (position or name); ``None`` takes all.
         levels: names of the levels, in order; empty: dict keys, else positions ``"0"``, ``"1"``...
         kind: ``"feature"`` maps may be bridged by a connector; ``"logits"`` (and ``"deltas"``)
-            have channels with a meaning, which no connector can invent.
+            have channels with a meaning, which no connector can invent; those of `ROWS` are no
+            maps. ``"proposals"`` are ``(R, 5)`` rows of image index and box, XYXY in pixels.
         origins: for each level, what made it (a pyramid's extra levels name their top block):
             levels of one stride but different origin are not paired by default.
+        also: further modules, whose calls follow those of ``path``: one module per stage.
+        inputs: whether what the module is given counts, its positional arguments, and not what it
+            returns.
+        units: of deltas, what the box transform multiplies (dx, dy, dw, dh) with.
     """
 
     name: str
@@ -42,18 +59,30 @@ class Tap:
     levels: tuple[str, ...] = ()
     kind: str = "feature"
     origins: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    inputs: bool = False
+    units: tuple[float, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All modules of the tap, in the order of its levels."""
+        return (self.path, *self.also)
+
+    def first(self, stages: int) -> "Tap":
+        """The same tap without the levels behind the first so many, and without their modules."""
+        return replace(self, levels=self.levels[:stages], also=self.also[: stages - 1])
 
     def maps(self, calls: list[Any]) -> Maps:
         """
         The maps out of everything that the module returned in one forward.
 
         Args:
-            calls: the module's outputs, one entry per call. A module called several times (a head
-                shared over levels) gives one level per call.
+            calls: the module's outputs (or inputs), one entry per call. A module called several
+                times (a head shared over levels) gives one level per call.
 
         Raises:
-            ValueError: if there is something else than 4-D tensors, another number of levels than
-                names, or nothing under the key or a level's name.
+            ValueError: if there is something else than 4-D tensors (2-D for `ROWS`), another number
+                of levels than names, or nothing under the key or a level's name.
         """
         picked = [self._pick(output) for output in calls]
         found = picked[0] if len(picked) == 1 else picked
@@ -78,30 +107,49 @@ class Tap:
                     f"'{self.path}' returned {len(flat)} maps in {len(calls)} call(s)."
                 )
             maps = dict(zip(names, flat, strict=True))
+        rows = self.kind in ROWS
         for level, x in maps.items():
-            if not isinstance(x, Tensor) or x.dim() != 4:
+            if not isinstance(x, Tensor) or x.dim() != (2 if rows else 4):
                 what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                wanted = (
+                    "(R, C) rows, one per region"
+                    if rows
+                    else "an (N, C, H, W) map: tap a module that returns feature maps"
+                )
                 raise ValueError(
                     f"Tap '{self.name}' (module '{self.path}', level '{level}') gives {what}, not "
-                    "an (N, C, H, W) map: tap a module that returns feature maps."
+                    f"{wanted}."
                 )
         return maps
 
     def _pick(self, output: Any) -> Any:
-        if self.key is None:
-            return output
-        try:
-            return output[self.key]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(
-                f"Tap '{self.name}' takes element {self.key!r} of what module '{self.path}' "
-                f"returns, but that is a {type(output).__name__} without it."
-            ) from None
+        if self.key is not None:
+            try:
+                output = output[self.key]
+            except (KeyError, IndexError, TypeError):
+                side = "is given" if self.inputs else "returns"
+                raise ValueError(
+                    f"Tap '{self.name}' takes element {self.key!r} of what module '{self.path}' "
+                    f"{side}, but that is a {type(output).__name__} without it."
+                ) from None
+        return as_rois(output) if self.kind == "proposals" else output
+
+
+def as_rois(boxes: Sequence[Boxes]) -> Tensor:
+    """
+    Boxes of several images in one tensor, ``(R, 5)``: image index, then the box.
+
+    Args:
+        boxes: one per image of the batch, in order.
+    """
+    rows = [b.tensor for b in boxes]
+    return torch.cat([torch.cat([r.new_full((len(r), 1), i), r], 1) for i, r in enumerate(rows)])
 
 
 class Recorder:
     """
-    Records what the tapped modules return while it is entered; its hooks are gone on exit.
+    Records what the tapped modules return, or are given, while it is entered; its hooks are gone on
+    exit.
 
         with Recorder(model, taps) as recorder:
             model(inputs)
@@ -126,16 +174,25 @@ class Recorder:
         expected_calls: Mapping[str, int] | None = None,
     ) -> None:
         self.calls: dict[str, list[Any]] = {}
-        self._modules = {tap.path: find_module(model, tap.path) for tap in taps}
+        self.given: dict[str, list[Any]] = {}
+        taps = list(taps)
+        self._modules = _modules_of(model, [tap for tap in taps if not tap.inputs])
+        self._entrances = _modules_of(model, [tap for tap in taps if tap.inputs])
         self._expected = dict(expected_calls or {})
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "Recorder":
         self.calls = {path: [] for path in self._modules}
+        self.given = {path: [] for path in self._entrances}
         for path, module in self._modules.items():
             calls = self.calls[path]  # bound below per path
             self._handles.append(
                 module.register_forward_hook(lambda m, i, output, calls=calls: calls.append(output))
+            )
+        for path, module in self._entrances.items():
+            given = self.given[path]
+            self._handles.append(
+                module.register_forward_pre_hook(lambda m, args, given=given: given.append(args))
             )
         return self
 
@@ -151,16 +208,24 @@ class Recorder:
         Raises:
             RuntimeError: if its module did not fire, or not as often as expected.
         """
-        calls = self.calls[tap.path]
-        expected = self._expected.get(tap.path)
+        calls = [call for path in tap.paths for call in self._calls_of(tap, path)]
+        return tap.maps(calls)
+
+    def _calls_of(self, tap: Tap, path: str) -> list[Any]:
+        calls = (self.given if tap.inputs else self.calls)[path]
+        expected = self._expected.get(path)
         if not calls or (expected is not None and len(calls) != expected):
             wanted = "at least once" if expected is None else f"{expected} time(s)"
             raise RuntimeError(
-                f"Tap '{tap.name}': module '{tap.path}' was called {len(calls)} time(s) in this "
+                f"Tap '{tap.name}': module '{path}' was called {len(calls)} time(s) in this "
                 f"forward, but should be called {wanted}. A module whose result is not used, or "
                 "that is bypassed (its forward called directly), cannot be tapped."
             )
-        return tap.maps(calls)
+        return calls
+
+
+def _modules_of(model: nn.Module, taps: Iterable[Tap]) -> dict[str, nn.Module]:
+    return {path: find_module(model, path) for tap in taps for path in tap.paths}
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:

@@ -48,8 +48,8 @@ class Wiring:
         """The student's taps that these terms, and the sources behind them, read."""
         active = list(active)
         names = [tap for term in active for tap in self.terms[term].student_taps()]
-        for source in {self.source_of[term] for term in active}:
-            names += self.sources[source].student_taps()
+        for source, asked in self.source_taps(active).items():
+            names += self.sources[source].student_taps(asked)
         return {name: self.taps[name] for name in dict.fromkeys(names)}
 
     def source_taps(self, active: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -108,9 +108,12 @@ def wire(
                 wiring.taps.update({tap: detector.tap(tap) for tap in term.student_taps()})
         for name, source in wiring.sources.items():
             with _named(f"Source '{name}'"):
-                wiring.taps.update({tap: detector.tap(tap) for tap in source.student_taps()})
+                names = source.student_taps(wiring.all_source_taps[name])
+                wiring.taps.update({tap: detector.tap(tap) for tap in names})
         seen = probe(student, wiring.taps.values()) if wiring.taps else {}
-        wiring.expected_calls = {tap.path: seen[name][0].calls for name, tap in wiring.taps.items()}
+        wiring.expected_calls = {
+            path: seen[name][0].calls for name, tap in wiring.taps.items() for path in tap.paths
+        }
         try:
             shapes = {}
             for name, source in wiring.sources.items():

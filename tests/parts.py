@@ -223,7 +223,7 @@ class SelfTeacher(Source):
         self.channels = channels
         self.name = name
 
-    def student_taps(self) -> tuple[str, ...]:
+    def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:
         return ("features",)
 
     def wire(self, student: Shapes) -> None:

@@ -4,6 +4,7 @@ from kd_det.detectors.dense import DenseDetector
 from kd_det.detectors.detector import (
     Depth,
     Detector,
+    RoiHead,
     TapShape,
     describe,
     meta_copy,
@@ -22,6 +23,7 @@ __all__ = [
     "Detector",
     "GeneralizedRCNN",
     "PanopticFPN",
+    "RoiHead",
     "SemanticSegmentor",
     "TapShape",
     "describe",

@@ -42,10 +42,14 @@ class TapShape:
     Attributes:
         level: its name, ``p3`` for instance.
         channels: C.
-        stride: pixels of the padded input per cell.
+        stride: pixels of the padded input per cell; 0 for rows (`kd_det.taps.ROWS`).
         origin: see `Tap.origins`.
         kind: see `Tap.kind`.
         calls: how often the tapped module fires in one forward.
+        units: see `Tap.units`.
+        activation: of class scores, what makes probabilities of them: ``"softmax"``, the background
+            last, or ``"sigmoid"``, where the last column means nothing.
+        rows: how many of them a training step has at most per image.
     """
 
     level: str
@@ -54,6 +58,28 @@ class TapShape:
     origin: str = ""
     kind: str = "feature"
     calls: int = 1
+    units: tuple[float, ...] = ()
+    activation: str = ""
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class RoiHead:
+    """
+    How a two-stage detector looks at given boxes, stage by stage (a cascade has several).
+
+    Attributes:
+        features: the maps that it pools from.
+        taps: ``proposals``, ``roi_scores`` and ``roi_deltas``; a level is a stage.
+        shapes: what they look like. They cannot be measured: how many regions there are is data.
+        run: from those maps and, for every stage, its boxes, up to the last predictor. Stages
+            without boxes are not run. A Recorder sees what the predictors return.
+    """
+
+    features: Tap
+    taps: dict[str, Tap]
+    shapes: dict[str, list[TapShape]]
+    run: Callable[[Maps, Maps], None]
 
 
 class Detector:
@@ -77,7 +103,7 @@ class Detector:
         return getattr(self.model, "num_classes", None)
 
     def presets(self) -> dict[str, Tap]:
-        """The named taps, ``features`` first."""
+        """The named taps that give maps, ``features`` first."""
         raise NotImplementedError
 
     def depths(self) -> list[Depth]:
@@ -86,6 +112,10 @@ class Detector:
         Never target assignment, losses, decoding or NMS.
         """
         raise NotImplementedError
+
+    def roi_head(self) -> RoiHead | None:
+        """What looks at regions of interest; ``None`` for detectors of one stage."""
+        return None
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:
         """
@@ -96,6 +126,11 @@ class Detector:
         """
         raise ValueError(f"{type(self.model).__name__} has no anchors that kd_det knows of.")
 
+    def named_taps(self) -> dict[str, Tap]:
+        """The presets, and behind them those of the box head."""
+        roi_head = self.roi_head()
+        return {**self.presets(), **(roi_head.taps if roi_head else {})}
+
     def tap(self, name: str) -> Tap:
         """
         The preset of that name, or the module at that path.
@@ -103,7 +138,7 @@ class Detector:
         Raises:
             KeyError: if it is neither, with the nearest names.
         """
-        presets = self.presets()
+        presets = self.named_taps()
         if name in presets:
             return presets[name]
         try:
@@ -198,7 +233,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     """
-    Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic.
+    Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic; those of a
+    box head are as it says itself.
 
     Args:
         model: the detector; it is not run and not changed.
@@ -212,6 +248,10 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     """
     taps = list(taps)
     architecture = meta_copy(model).eval()
+    detector = describe(architecture)
+    roi_head = detector.roi_head()
+    known = roi_head.shapes if roi_head else {}
+    measured = [tap for tap in taps if tap.name not in known]
     backbone = getattr(architecture, "backbone", None)
     # A square canvas that every stride up to 128 and the model's own constraint divide.
     side = int(getattr(backbone, "padding_constraints", {}).get("square_size", 0)) or math.lcm(
@@ -219,16 +259,24 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     )
     first = next(chain(architecture.parameters(), architecture.buffers()))
     canvas = torch.empty(1, 3, side, side, device="meta", dtype=first.dtype)
-    with torch.no_grad(), Recorder(architecture, taps) as recorder:
-        describe(architecture).run(canvas, taps)
-    shapes = {}
-    for tap in taps:
+    with torch.no_grad(), Recorder(architecture, measured) as recorder:
+        detector.run(canvas, measured)
+    shapes = {t.name: known[t.name][: len(t.levels)] for t in taps if t.name in known}
+    for tap in measured:
         maps = recorder.maps(tap)
         _check_layout(architecture, tap, maps)
         calls = len(recorder.calls[tap.path])
         origins = tap.origins or ("",) * len(maps)
         shapes[tap.name] = [
-            TapShape(level, x.shape[1], max(round(side / x.shape[3]), 1), origin, tap.kind, calls)
+            TapShape(
+                level,
+                channels=x.shape[1],
+                stride=max(round(side / x.shape[3]), 1),
+                origin=origin,
+                kind=tap.kind,
+                calls=calls,
+                units=tap.units,
+            )
             for (level, x), origin in zip(maps.items(), origins, strict=True)
         ]
     return shapes

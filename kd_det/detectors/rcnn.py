@@ -1,4 +1,4 @@
-"""`GeneralizedRCNN` (Faster, Mask, Cascade R-CNN) up to its region proposal network's head."""
+"""`GeneralizedRCNN` (Faster, Mask, Cascade R-CNN): its region proposal network and box head."""
 
 from typing import Any
 
@@ -6,14 +6,18 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from kd_det.detectors.dense import backbone_depths, backbone_presets
-from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.detector import Depth, Detector, RoiHead
+from kd_det.detectors.roi_heads import describe_roi_head
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
 
 @DETECTORS.register()
 class GeneralizedRCNN(Detector):
-    """`features`, bottom-up stages, and the RPN head's objectness and deltas."""
+    """
+    `features`, bottom-up stages, the RPN head's objectness and deltas; of a box head that kd_det
+    knows the sampled proposals, class scores and deltas.
+    """
 
     @property
     def num_classes(self) -> int | None:  # noqa: D102  # as in the base
@@ -26,7 +30,8 @@ class GeneralizedRCNN(Detector):
             return presets
         levels = tuple(rpn.in_features)
         for key, (name, kind) in enumerate([("rpn_logits", "logits"), ("rpn_deltas", "deltas")]):
-            presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind)
+            units = tuple(rpn.box2box_transform.weights) if kind == "deltas" else ()
+            presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind, units=units)
         return presets
 
     def depths(self) -> list[Depth]:  # noqa: D102  # as in the base
@@ -39,6 +44,9 @@ class GeneralizedRCNN(Detector):
         if hasattr(self.model.proposal_generator, "rpn_head"):
             depths.append(Depth(("backbone", "proposal_generator.rpn_head"), rpn_head))
         return depths
+
+    def roi_head(self) -> RoiHead | None:  # noqa: D102  # as in the base
+        return describe_roi_head(self.model.roi_heads)
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.proposal_generator.anchor_generator(features)

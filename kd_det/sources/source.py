@@ -42,8 +42,13 @@ class Source(nn.Module):
     so. Where none does, they may be inference tensors.
     """
 
-    def student_taps(self) -> tuple[str, ...]:
-        """Taps of the student that this source reads from ``context.student_maps``."""
+    def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:
+        """
+        Taps of the student that this source reads from ``context.student_maps`` to give these taps.
+
+        Args:
+            taps: names of taps of the source. No file is read here: evaluation needs none.
+        """
         return ()
 
     def wire(self, student: Mapping[str, list[TapShape]]) -> None:

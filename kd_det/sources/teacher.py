@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_det.context import Context
-from kd_det.detectors import TapShape, describe, probe
+from kd_det.detectors import Detector, TapShape, describe, probe
 from kd_det.registry import SOURCES
 from kd_det.rng import preserved_rng
 from kd_det.sources.compiled import compile_between_taps
@@ -24,7 +24,7 @@ from kd_det.sources.model_config import ModelConfig
 from kd_det.sources.source import Source, Targets
 from kd_det.sources.strict import load_strictly
 from kd_det.sources.weights_file import check_sha256
-from kd_det.taps import Recorder
+from kd_det.taps import ROWS, Maps, Recorder, Tap
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,10 @@ class Teacher(Source):
     """
     A frozen detector, run in eval mode and without gradients only as deep as its taps need: never
     target assignment, decoding or NMS. It normalises and pads the images itself, in its own channel
-    order. It is a lazy handle: its architecture is measured on the meta device, its weights are
-    read, checked and folded before the first training step, and evaluation touches neither.
+    order. Its box head (taps `roi_scores` and `roi_deltas`) looks at the boxes that the student's
+    looks at in the same step, stage by stage. It is a lazy handle: its architecture is measured on
+    the meta device, its weights are read, checked and folded before the first training step, and
+    evaluation touches neither.
 
     It is in no ``parameters()``, ``state_dict()``, DDP or optimizer, stays in eval mode whatever
     its owner does, and follows ``.to()``.
@@ -128,6 +130,7 @@ class Teacher(Source):
         self._fingerprint = ""
         self._expected_calls: dict[str, int] = {}
         self._counted: set[str] = set()
+        self._stages: int | None = None  # of the student's box head, which gives the boxes
         # Out of the module tree, shared by deepcopies, and never changed: a copy of it is held.
         self._given = Shared(model)
 
@@ -147,15 +150,21 @@ class Teacher(Source):
             return ""
         return self.weights or self._config().weights
 
+    def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:  # noqa: D102  # as in the base
+        return ("proposals",) if set(taps) & set(ROWS) else ()
+
+    def wire(self, student: Mapping[str, list[TapShape]]) -> None:  # noqa: D102  # as in the base
+        if "proposals" in student:
+            self._stages = len(student["proposals"])
+
     def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102  # as in the base
         if not taps:
             return {}
         architecture = self._given.module or self._config().build("meta")
-        detector = describe(architecture)
-        resolved = [detector.tap(name) for name in taps]
+        resolved = self._resolved(describe(architecture), taps)
         shapes = probe(architecture, resolved)
         for tap in resolved:
-            self._expected_calls[tap.path] = shapes[tap.name][0].calls
+            self._expected_calls.update(dict.fromkeys(tap.paths, shapes[tap.name][0].calls))
         return {
             name: [self._in_students_pixels(s) for s in found] for name, found in shapes.items()
         }
@@ -173,7 +182,7 @@ class Teacher(Source):
             model, self._fingerprint = self._load()
         model.eval().requires_grad_(False)
         detector = describe(model)
-        tapped = [detector.tap(name).path for name in taps]
+        tapped = [path for name in taps for path in detector.tap(name).paths]
         if self.fold_batch_norm:
             folded, left = fold_batch_norm(model, keep=tapped)
             logger.info("Teacher: %d BatchNorm layers folded.", len(folded))
@@ -197,24 +206,43 @@ class Teacher(Source):
         model = self.hidden.held
         assert model is not None, "prepare() comes before forward()"
         detector = describe(model)
-        resolved = {name: detector.tap(name) for name in taps}
+        resolved = self._resolved(detector, taps)
+        on_images = [tap for tap in resolved if tap.kind not in ROWS]
+        roi_head = detector.roi_head() if len(on_images) < len(resolved) else None
+        if roi_head is not None:
+            on_images.append(roi_head.features)
         # Inference mode spares the bookkeeping of views and versions, but autograd refuses to save
         # what comes out of it.
         no_grad = torch.no_grad if self.targets_saved else torch.inference_mode
         with (
             no_grad(),
             torch.autocast(self.hidden._place.device.type, enabled=False),
-            Recorder(model, resolved.values(), self._expected_calls) as recorder,
+            Recorder(model, [*resolved, *on_images], self._expected_calls) as recorder,
         ):
             # Not `precision`: the owner may have been cast since (.half(), .double()).
             dtype = next(model.parameters()).dtype
             cast = partial(Tensor.to, dtype=dtype, memory_format=self.memory_format)
             # A tap's first forward runs to its end, to see that it fires no more than expected.
-            paths = {tap.path for tap in resolved.values()}
+            paths = {tap.path for tap in on_images}
             calls = self._expected_calls if paths <= self._counted else None
-            detector.run_batch(self._inputs(context), resolved.values(), cast, calls)
+            detector.run_batch(self._inputs(context), on_images, cast, calls)
             self._counted |= paths
-        return Targets({name: recorder.maps(tap) for name, tap in resolved.items()})
+            if roi_head is not None:
+                roi_head.run(recorder.maps(roi_head.features), self._rois(context))
+        return Targets({tap.name: recorder.maps(tap) for tap in resolved})
+
+    def _resolved(self, detector: Detector, taps: tuple[str, ...]) -> list[Tap]:
+        """Taps by name; of the box head the stages that the student has too."""
+        found = [detector.tap(name) for name in taps]
+        return [t.first(self._stages) if self._stages and t.kind in ROWS else t for t in found]
+
+    def _rois(self, context: Context) -> Maps:
+        """The student's boxes in pixels of the teacher's images."""
+        rois = context.student_maps["proposals"]
+        if self.scale == 1.0:
+            return rois
+        factors = [1.0, *[self.scale] * 4]  # not the index of the image
+        return {stage: x * x.new_tensor(factors) for stage, x in rois.items()}
 
     def _inputs(self, context: Context) -> list[dict[str, Any]]:
         """The step's images in the teacher's channel order and size."""

@@ -12,7 +12,7 @@ from kd_det.detectors import TapShape
 from kd_det.pairing import Pair, on_one_grid, pair_levels
 from kd_det.regions import Padding, Region
 from kd_det.sources import Source
-from kd_det.taps import Maps
+from kd_det.taps import ROWS, Maps
 from kd_det.terms.term import Aligned, PlanRow, Term
 
 
@@ -69,6 +69,16 @@ class LevelwiseTerm(Term):
     def wire(  # noqa: D102  # as in the base
         self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
     ) -> list[PlanRow]:
+        for tap, shapes in [
+            (self.tap, student[self.tap]),
+            (self.source_tap, target[self.source_tap]),
+        ]:
+            if any(shape.kind in ROWS for shape in shapes):
+                raise ValueError(
+                    f"tap '{tap}' gives a row per region of interest, and {type(self).__name__} "
+                    "compares (N, C, H, W) maps: take another TAP, or TYPE: BoxHead for what a box "
+                    "head predicts"
+                )
         self.pairs = pair_levels(student[self.tap], target[self.source_tap], self.levels)
         if self.level_weights and len(self.level_weights) != len(self.pairs):
             raise ValueError(

@@ -41,7 +41,7 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
             them in any case.
     """
     detector = describe(model)
-    taps = list(detector.presets().values())
+    taps = list(detector.named_taps().values())
     rows = []
     if all_modules or not taps:
         presets = {tap.path for tap in taps}
@@ -57,7 +57,7 @@ def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:
         except (ValueError, RuntimeError):  # gives no maps, or is not called: cannot be tapped
             continue
         rows += [
-            [tap.name, s.level, s.channels, s.stride, s.calls, tap.kind, s.origin or "-"]
+            [tap.name, s.level, s.channels, s.stride or "-", s.calls, tap.kind, s.origin or "-"]
             for s in shapes
         ]
     headers = ["tap", "level", "channels", "stride", "calls", "kind", "origin"]
