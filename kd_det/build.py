@@ -58,6 +58,7 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
             terms=build_items(kd.TERMS, TERMS, "KD.TERMS"),
             max_iter=cfg.SOLVER.MAX_ITER,
             input_format=cfg.INPUT.FORMAT,
+            classes=cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else (),
             inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
             log_period=kd.LOG_PERIOD,
             diagnostics=_diagnostics(cfg),

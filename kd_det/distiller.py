@@ -1,7 +1,7 @@
 """The Distiller: a student detector, who it imitates, and the terms that say how."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,8 @@ class Distiller(KDStateMixin, nn.Module):
             EventStorage, or `set_progress` in a loop without one.
         input_format: channel order of the images that the student is fed; ``None`` takes the
             student's ``input_format`` attribute, else BGR.
+        classes: what the student's classes are called, in order, or the name of the dataset that
+            says so; class logits of a source with other classes are matched by name.
         inherit: what the student copies from a source before the first step of a new run.
         log_period: every so many iterations the value of each level goes to the EventStorage as
             ``kd/<term>/<level>``, unweighted, and ``.../weighted``; see `flush`.
@@ -55,6 +57,7 @@ class Distiller(KDStateMixin, nn.Module):
         terms: Mapping[str, Term],
         max_iter: int | None = None,
         input_format: str | None = None,
+        classes: str | Sequence[str] = (),
         inherit: Inherit | None = None,
         log_period: int = 20,
         diagnostics: Diagnostics | None = None,
@@ -70,7 +73,7 @@ class Distiller(KDStateMixin, nn.Module):
         self.log_period = log_period
         self.diagnostics = diagnostics or Diagnostics(period=0)
         self.on_start = on_start
-        self.wiring: Wiring = wire(student, sources, terms, inherit)
+        self.wiring: Wiring = wire(student, sources, terms, inherit, classes)
         # The same objects as in the wiring, where PyTorch sees them: .to(), parameters(), DDP.
         self.sources = nn.ModuleDict(self.wiring.sources)
         self.terms = nn.ModuleDict(self.wiring.terms)

@@ -12,7 +12,8 @@ _MIB = 2**20
 
 def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
     """
-    One line per term and level: what is compared with what, how, and what it costs.
+    One line per term and level: what is compared with what, how, and what it costs; below them
+    what else is to be said of a term, the classes that were matched by name, say.
 
     ``MiB`` is what the line holds at the end of the forward: the target's map, the connector's
     output, and the gradient that the loss saves. Weights of frozen sources come in a line of
@@ -23,6 +24,7 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
         canvas: (N, H, W) of the padded batch.
     """
     rows: list[list[Any]] = []
+    notes: list[str] = []
     for name, term in distiller.wiring.terms.items():
         for row in distiller.wiring.rows.get(name, []):
             rows.append(
@@ -38,24 +40,45 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
                     row.loss,
                     term.weight * term.level_weight(row.level),
                     row.parameters,
-                    row_bytes(row.target_channels, row.stride, canvas, row.parameters > 0) / _MIB,
+                    row_bytes(
+                        row.target_channels,
+                        row.stride,
+                        canvas,
+                        row.connector != "-",
+                        row.compared_channels,
+                    )
+                    / _MIB,
                 ]
             )
+            notes += [f"{name}: {row.note}"] * bool(row.note)
     header = "source term student target grid channels connector region loss weight parameters MiB"
     table = tabulate(rows, headers=header.split(), floatfmt=".4g")
     total = sum(r[-1] for r in rows)
     weights = sum(_hidden_bytes(s) for s in distiller.sources.values()) / _MIB
+    below = "".join(f"\n{note}" for note in dict.fromkeys(notes))
+    n, h, w = canvas
     return (
-        f"{table}\n\nfor a batch of {canvas[0]} images padded to {canvas[1]} x {canvas[2]}: maps "
+        f"{table}\n{below}\nfor a batch of {n} images padded to {h} x {w}: maps "
         f"{total:.4g} MiB, weights of frozen sources {weights:.4g} MiB"
     )
 
 
-def row_bytes(channels: int, stride: int, canvas: tuple[int, int, int], connected: bool) -> int:
-    """Bytes of float32 that one level of a term holds, see `plan_table`."""
+def row_bytes(
+    channels: int, stride: int, canvas: tuple[int, int, int], connected: bool, compared: int = 0
+) -> int:
+    """
+    Bytes of float32 that one level of a term holds, see `plan_table`.
+
+    Args:
+        channels: of the target's map.
+        stride: pixels per cell.
+        canvas: (N, H, W) of the padded batch.
+        connected: whether the student's map is changed before it is compared.
+        compared: channels that the loss sees; 0 for the target's.
+    """
     n, h, w = canvas
-    one = 4 * n * channels * -(-h // stride) * -(-w // stride)
-    return one * (3 if connected else 2)
+    one = 4 * n * -(-h // stride) * -(-w // stride)
+    return one * (channels + (compared or channels) * (2 if connected else 1))
 
 
 def _hidden_bytes(source: nn.Module) -> int:

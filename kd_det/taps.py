@@ -51,6 +51,10 @@ class Tap:
         inputs: whether what the module is given counts, its positional arguments, and not what it
             returns.
         units: of deltas, what the box transform multiplies (dx, dy, dw, dh) with.
+        per_anchor: how many channels belong to one anchor of a cell (the classes, or 4
+            coordinates): channels are anchors x these, anchor by anchor. 0 where that is unknown.
+        names: what those channels are called, in order, or the field of a dataset's metadata that
+            says so (``"thing_classes"``); empty where that is unknown.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Tap:
     also: tuple[str, ...] = ()
     inputs: bool = False
     units: tuple[float, ...] = ()
+    per_anchor: int = 0
+    names: str | tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:

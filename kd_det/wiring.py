@@ -1,12 +1,13 @@
 """Wiring: terms are tied to taps of the student and of their sources, and sized."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from kd_det.classes import class_names
 from kd_det.detectors import describe, probe
 from kd_det.inherit import Inherit
 from kd_det.registry import did_you_mean
@@ -65,9 +66,17 @@ def wire(
     sources: Mapping[str, Source],
     terms: Mapping[str, Term],
     inherit: Inherit | None = None,
+    classes: str | Sequence[str] = (),
 ) -> Wiring:
     """
     Tie terms to taps and let them build their connectors. No global random state is changed.
+
+    Args:
+        student: the detector that learns.
+        sources: by name.
+        terms: by name.
+        inherit: names its source.
+        classes: what the student's classes are called: see `kd_det.classes.class_names`.
 
     Raises:
         ValueError: if names or shapes do not fit; the message begins with the term.
@@ -110,7 +119,8 @@ def wire(
             with _named(f"Source '{name}'"):
                 names = source.student_taps(wiring.all_source_taps[name])
                 wiring.taps.update({tap: detector.tap(tap) for tap in names})
-        seen = probe(student, wiring.taps.values()) if wiring.taps else {}
+        with _named("The student"):
+            seen = probe(student, wiring.taps.values(), class_names(classes)) if wiring.taps else {}
         wiring.expected_calls = {
             path: seen[name][0].calls for name, tap in wiring.taps.items() for path in tap.paths
         }
@@ -126,6 +136,8 @@ def wire(
         for name, term in kept.items():
             with _named(f"Term '{name}'"):
                 wiring.rows[name] = term.wire(seen, shapes[source_of[name]])
+            for note in dict.fromkeys(row.note for row in wiring.rows[name] if row.note):
+                logger.info("Term '%s': %s.", name, note)
     return wiring
 
 

@@ -8,7 +8,7 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from kd_det.detectors.detector import Depth, Detector
-from kd_det.detectors.pieces import bottom_up, head_branches, in_turn, stages
+from kd_det.detectors.pieces import bottom_up, coordinates, head_branches, in_turn, stages
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -74,13 +74,16 @@ class DenseDetector(Detector):
         levels = tuple(self.model.head_in_features)
         presets = backbone_presets(self.model.backbone, levels)
         branches = head_branches(self.model.head)
+        count = self.num_classes or 0
+        box = coordinates(getattr(self.model, "box2box_transform", None))
         # What a logit means does not depend on what made its level: no origins.
-        for key, (name, kind) in enumerate([("cls_logits", "logits"), ("box_deltas", "deltas")]):
-            if name in branches:  # called once per level, and without the other branch
-                predictor = branches[name][1]
-                presets[name] = Tap(name, f"head.{predictor}", levels=levels, kind=kind)
-            else:
-                presets[name] = Tap(name, "head", key, levels, kind)
+        for tap in (
+            Tap("cls_logits", "head", 0, levels, "logits", per_anchor=count, names="thing_classes"),
+            Tap("box_deltas", "head", 1, levels, "deltas", per_anchor=len(box), names=box),
+        ):
+            if tap.name in branches:  # called once per level, and without the other branch
+                tap = replace(tap, path=f"head.{branches[tap.name][1]}", key=None)
+            presets[tap.name] = tap
         return presets
 
     def depths(self) -> list[Depth]:  # noqa: D102  # as in the base

@@ -11,6 +11,7 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from kd_det.classes import ClassNames, unknown
 from kd_det.detectors.images import image_tensor, size_divisibility
 from kd_det.registry import DETECTORS, did_you_mean
 from kd_det.taps import Maps, Recorder, Tap, find_module
@@ -50,6 +51,9 @@ class TapShape:
         activation: of class scores, what makes probabilities of them: ``"softmax"``, the background
             last, or ``"sigmoid"``, where the last column means nothing.
         rows: how many of them a training step has at most per image.
+        anchors: A, where its channels are anchors x classes (or coordinates), anchor by anchor; 0
+            where that is unknown.
+        names: what the channels of one anchor are called, in order; empty where that is unknown.
     """
 
     level: str
@@ -61,6 +65,13 @@ class TapShape:
     units: tuple[float, ...] = ()
     activation: str = ""
     rows: int = 0
+    anchors: int = 0
+    names: tuple[str, ...] = ()
+
+    @property
+    def per_anchor(self) -> int:
+        """Channels of one anchor: classes, or coordinates."""
+        return self.channels // (self.anchors or 1)
 
 
 @dataclass(frozen=True)
@@ -231,7 +242,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
+def probe(
+    model: nn.Module, taps: Iterable[Tap], classes: ClassNames = unknown
+) -> dict[str, list[TapShape]]:
     """
     Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic; those of a
     box head are as it says itself.
@@ -239,12 +252,13 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
     Args:
         model: the detector; it is not run and not changed.
         taps: what to measure.
+        classes: what its classes are called; asked for taps of class logits only.
 
     Returns:
         For each tap's name its levels in order.
 
     Raises:
-        ValueError: if something tapped is not channels-first, or cannot be reached.
+        ValueError: of ``classes``, or if something tapped is not channels-first or cannot be reached.
     """
     taps = list(taps)
     architecture = meta_copy(model).eval()
@@ -276,6 +290,7 @@ def probe(model: nn.Module, taps: Iterable[Tap]) -> dict[str, list[TapShape]]:
                 kind=tap.kind,
                 calls=calls,
                 units=tap.units,
+                **_anchors_and_names(tap, x.shape[1], classes),
             )
             for (level, x), origin in zip(maps.items(), origins, strict=True)
         ]
@@ -294,6 +309,13 @@ def _check_layout(model: nn.Module, tap: Tap, maps: Maps) -> None:
                 "transformer cannot be tapped; its backbone brings its output into that shape. "
                 f"Presets of this {type(model).__name__}: {presets}."
             )
+
+
+def _anchors_and_names(tap: Tap, channels: int, classes: ClassNames) -> dict[str, Any]:
+    if not tap.per_anchor or channels % tap.per_anchor:  # a head of another make
+        return {}
+    names = classes(tap.names, tap.per_anchor) if isinstance(tap.names, str) else tap.names
+    return {"anchors": channels // tap.per_anchor, "names": tuple(names or ())}
 
 
 def running_values(model: nn.Module) -> dict[str, Any]:

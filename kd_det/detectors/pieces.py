@@ -11,6 +11,20 @@ from torch import Tensor, nn
 
 _BRANCHES = {"cls_logits": ("cls_subnet", "cls_score"), "box_deltas": ("bbox_subnet", "bbox_pred")}
 
+_COORDINATES = {
+    "Box2BoxTransform": ("dx", "dy", "dw", "dh"),
+    "Box2BoxTransformRotated": ("dx", "dy", "dw", "dh", "da"),
+    "Box2BoxTransformLinear": ("left", "top", "right", "bottom"),
+}
+
+
+def coordinates(transform: object) -> tuple[str, ...]:
+    """
+    What a head's box outputs mean, of the transform that decodes them: offsets from an anchor are
+    no distances to the sides (FCOS). Empty for transforms that are not known.
+    """
+    return _COORDINATES.get(type(transform).__name__, ())
+
 
 def bottom_up(backbone: nn.Module) -> tuple[str, Any]:
     """

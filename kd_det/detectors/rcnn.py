@@ -8,6 +8,7 @@ from torch import Tensor
 from kd_det.detectors.dense import backbone_depths, backbone_presets
 from kd_det.detectors.detector import Depth, Detector, RoiHead
 from kd_det.detectors.roi_heads import describe_roi_head
+from kd_det.detectors.pieces import coordinates
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -28,10 +29,20 @@ class GeneralizedRCNN(Detector):
         rpn = self.model.proposal_generator
         if not hasattr(rpn, "rpn_head"):  # precomputed proposals
             return presets
-        levels = tuple(rpn.in_features)
-        for key, (name, kind) in enumerate([("rpn_logits", "logits"), ("rpn_deltas", "deltas")]):
-            units = tuple(rpn.box2box_transform.weights) if kind == "deltas" else ()
-            presets[name] = Tap(name, "proposal_generator.rpn_head", key, levels, kind, units=units)
+        box = coordinates(rpn.box2box_transform)
+        for key, (name, kind, channels) in enumerate(
+            [("rpn_logits", "logits", ("objectness",)), ("rpn_deltas", "deltas", box)]
+        ):
+            presets[name] = Tap(
+                name,
+                "proposal_generator.rpn_head",
+                key,
+                tuple(rpn.in_features),
+                kind,
+                per_anchor=len(channels),
+                names=channels,
+                units=tuple(rpn.box2box_transform.weights) if kind == "deltas" else (),
+            )
         return presets
 
     def depths(self) -> list[Depth]:  # noqa: D102  # as in the base

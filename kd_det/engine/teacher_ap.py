@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from kd_det._compat import fast_coco_eval_available
+from kd_det.classes import listed, match_names
 from kd_det.distiller import Distiller
 from kd_det.engine import ap_cache
 from kd_det.rng import preserved_rng
@@ -181,14 +182,15 @@ def match_classes(
             raise ValueError(
                 f"The teacher detects {count} classes and the dataset '{dataset_name}' has "
                 f"{len(ours)}, and what the teacher's are called is not known: name the dataset "
-                "that it was trained on in its config (DATASETS.TRAIN) and register that."
+                "that it was trained on in its config (DATASETS.TRAIN) and register that, or give "
+                "the source CLASSES."
             )
         return list(range(len(ours)))
-    matched = [ours.index(name) if name in ours else -1 for name in theirs]
+    matched = match_names(theirs, ours)
     if max(matched, default=-1) < 0:
         raise ValueError(
             f"The teacher and the dataset '{dataset_name}' have no class in common: the teacher "
-            f"detects {', '.join(theirs[:3])}..., the dataset has {', '.join(ours[:3])}..."
+            f"detects {listed(theirs)}, the dataset has {listed(ours)}."
         )
     return matched
 

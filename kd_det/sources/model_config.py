@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -67,18 +66,15 @@ class ModelConfig:
         return find_file(weights, os.path.dirname(self.path)) or weights if weights else ""
 
     @property
-    def class_names(self) -> list[str] | None:
-        """
-        The model's classes in its own order: those of the first dataset that it was trained on, if
-        that is registered here; else ``None``.
-        """
+    def dataset(self) -> str:
+        """Name of the first dataset that the model was trained on; empty if none is named."""
         if self._is_lazy:
             train = (self._cfg.get("dataloader") or {}).get("train") or {}
             datasets = (train.get("dataset") or {}).get("names") or ()
             datasets = (datasets,) if isinstance(datasets, str) else datasets
         else:
             datasets = self._cfg.DATASETS.TRAIN
-        return _class_names(datasets[0]) if datasets else None
+        return str(datasets[0]) if datasets else ""
 
     @property
     def text(self) -> str:
@@ -167,16 +163,3 @@ def default_test_mapper(cfg: CfgNode, input_format: str) -> DatasetMapper:
     # Of keypoints it would ask the training set, which need not be registered here.
     cfg.MODEL.KEYPOINT_ON = cfg.MODEL.LOAD_PROPOSALS = False
     return DatasetMapper(cfg, is_train=False)
-
-
-def _class_names(dataset: str) -> list[str] | None:
-    if dataset not in MetadataCatalog.list():  # get() would make a new one
-        return None
-    metadata = MetadataCatalog.get(dataset)
-    names, json_file = metadata.get("thing_classes"), metadata.get("json_file")
-    if names is None and json_file and PathManager.isfile(json_file):
-        # Detectron2 learns them when it loads the dataset; so does this, in the same order.
-        with PathManager.open(json_file, encoding="utf-8") as f:
-            categories = json.load(f)["categories"]
-        names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-    return None if names is None else list(names)

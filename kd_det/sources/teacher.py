@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_det.classes import class_names, dataset_classes
 from kd_det.context import Context
 from kd_det.detectors import Detector, TapShape, describe, probe
 from kd_det.registry import SOURCES
@@ -65,6 +66,9 @@ class Teacher(Source):
         scale: size of its images relative to the student's; below 1 it costs ``scale ** 2`` as
             much. Levels are paired by the pixels of the student's image that a cell covers: at 0.5
             the teacher's P3 meets the student's P4. It is gated and evaluated at full size.
+        classes: what its classes are called, in its own order; empty takes the names of the dataset
+            that its config file was trained on, if that is registered here. Class logits of a
+            student with other classes are matched by name.
         min_ap: refuse to train when its box AP, 0 to 100, is below that; 0 checks nothing. See
             `kd_det.engine.check_gates`, which `TrainerMixin` calls.
         gate_images: on how many images of the first test set that AP is measured.
@@ -87,6 +91,7 @@ class Teacher(Source):
         channels_last: bool = True,
         compile: bool = False,
         scale: float = 1.0,
+        classes: tuple[str, ...] = (),
         min_ap: float = 0.0,
         gate_images: int = 500,
         model: nn.Module | None = None,
@@ -122,6 +127,7 @@ class Teacher(Source):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_forward = compile  # not `compile`, which is a method of nn.Module
         self.scale = float(scale)
+        self.classes = tuple(classes)
         self.min_ap = min_ap
         self.gate_images = gate_images
         self.ap_checked = False  # set by the gate
@@ -162,7 +168,7 @@ class Teacher(Source):
             return {}
         architecture = self._given.module or self._config().build("meta")
         resolved = self._resolved(describe(architecture), taps)
-        shapes = probe(architecture, resolved)
+        shapes = probe(architecture, resolved, class_names(self.classes or self._dataset))
         for tap in resolved:
             self._expected_calls.update(dict.fromkeys(tap.paths, shapes[tap.name][0].calls))
         return {
@@ -308,8 +314,15 @@ class Teacher(Source):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Its classes in its own order, where they are known: see `ModelConfig.class_names`."""
-        return None if self._given.module is not None else self._config().class_names
+        """
+        Its classes in its own order, where they are known: ``classes``, else those of the first
+        dataset that its config names.
+        """
+        return list(self.classes) or dataset_classes(self._dataset)
+
+    @property
+    def _dataset(self) -> str:
+        return "" if self._given.module is not None else self._config().dataset
 
     def test_mapper(self) -> Callable[[dict[str, Any]], Any] | None:
         """From a dataset's record to the input of `detector`; ``None`` for a given ``model``."""

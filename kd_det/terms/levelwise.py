@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_det.connectors import Auto, Connector, Identity
+from kd_det.channels import REDUCTIONS, Common, common_channels
+from kd_det.connectors import Auto, Connector
 from kd_det.context import Context
 from kd_det.detectors import TapShape
 from kd_det.pairing import Pair, on_one_grid, pair_levels
@@ -29,12 +30,16 @@ class LevelwiseTerm(Term):
             pushes every level equally, and so a cell of P7 some 200 times as hard as one of P3;
             weights that fall by 4 per level make it equal per cell.)
         connector: recipe of the map from the student's to the target's channels. On taps whose
-            channels have a meaning (logits, deltas), ``Auto`` stands for none.
+            channels have a meaning (logits, deltas), ``Auto`` trains nothing: classes are matched
+            by name and anchors reduced, see `kd_det.channels.common_channels`; ``Identity`` takes
+            the channels as they are.
+        anchors: how the anchors of a cell become one where the two sides have other numbers of
+            them, ``"max"`` or ``"logsumexp"``: see `kd_det.channels.REDUCTIONS`.
         region: where it counts.
         common: source, weight, schedule: see `Term`.
 
     Raises:
-        ValueError: if a level weight is negative or not finite.
+        ValueError: if a level weight is negative or not finite, or ``anchors`` is unknown.
     """
 
     def __init__(
@@ -45,20 +50,26 @@ class LevelwiseTerm(Term):
         levels: tuple[str, ...] = (),
         level_weights: tuple[float, ...] = (),
         connector: Connector = Auto(),
+        anchors: str = "max",
         region: Region = Padding(),
         **common: Any,
     ) -> None:
         super().__init__(**common)
         if not all(math.isfinite(w) and w >= 0 for w in level_weights):
             raise ValueError(f"level_weights are finite and >= 0, but got {tuple(level_weights)}.")
+        if anchors not in REDUCTIONS:
+            raise ValueError(f"anchors is one of {', '.join(REDUCTIONS)}, but got '{anchors}'.")
         self.tap = tap
         self.source_tap = source_tap or tap
         self.levels = tuple(levels)
         self.level_weights = tuple(level_weights)
         self.connector = connector
+        self.anchors = anchors
         self.region = region
         self.pairs: list[Pair] = []
         self.connectors = nn.ModuleDict()
+        # What becomes of the target's channels; nothing to train. `Identity` but for mixed pairs.
+        self.target_channels = nn.ModuleDict()
 
     def student_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return (self.tap,)
@@ -87,9 +98,10 @@ class LevelwiseTerm(Term):
             )
         rows = []
         for pair in self.pairs:
-            module = self._connect(pair)
+            common = self._connect(pair)
             # ModuleDict keys may not contain dots; level names are keys of dicts or numbers.
-            self.connectors[pair.student.level] = module
+            self.connectors[pair.student.level] = common.student
+            self.target_channels[pair.student.level] = common.target
             rows.append(
                 PlanRow(
                     tap=self.tap,
@@ -98,32 +110,25 @@ class LevelwiseTerm(Term):
                     student_channels=pair.student.channels,
                     target_channels=pair.target.channels,
                     stride=pair.target.stride,
-                    connector=_describe(module),
+                    connector=common.name,
                     region=type(self.region).__name__,
                     loss=type(self).__name__,
-                    parameters=sum(p.numel() for p in module.parameters()),
+                    parameters=sum(p.numel() for p in common.student.parameters()),
+                    compared_channels=common.channels,
+                    note=common.note,
                 )
             )
         return rows
 
-    def _connect(self, pair: Pair) -> nn.Module:
-        recipe = self.connector
-        meaningful = {pair.student.kind, pair.target.kind} != {"feature"}
-        if meaningful and isinstance(recipe, Auto):
-            recipe = Identity()
-        level = f"level {pair.student.level} of tap '{self.tap}'"
-        differ = pair.student.channels != pair.target.channels
-        if meaningful and differ and isinstance(recipe, Identity):
-            raise ValueError(
-                f"{level}: the student has {pair.student.channels} channels and the target "
-                f"{pair.target.channels}. They are anchors x classes (or coordinates), which no "
-                "connector can translate: teacher and student need the same anchors per cell and "
-                "the same classes here, or distil features (TAP: features)"
-            )
+    def _connect(self, pair: Pair) -> Common:
+        s, t = pair.student, pair.target
         try:
-            return recipe(pair.student.channels, pair.target.channels)
+            if {s.kind, t.kind} != {"feature"} and isinstance(self.connector, Auto):
+                return common_channels(s, t, self.anchors)
+            module = self.connector(s.channels, t.channels)
         except ValueError as e:
-            raise ValueError(f"{level}: {e}") from None
+            raise ValueError(f"level {s.level} of tap '{self.tap}': {e}") from None
+        return Common(module, nn.Identity(), t.channels, _describe(module))
 
     def forward(  # noqa: D102  # as in the base
         self,
@@ -141,7 +146,7 @@ class LevelwiseTerm(Term):
             level = pair.student.level
             s = self.connectors[level](student[self.tap][level])
             t = target[self.source_tap][pair.target.level]
-            s, t = on_one_grid(s, t, pair)
+            s, t = on_one_grid(s, self.target_channels[level](t), pair)
             yield level, s, t, self.region(context, s, t, pair.target.stride)
 
     def compare_levels(self, levels: Sequence[Aligned]) -> dict[str, Tensor]:

@@ -19,7 +19,12 @@ Aligned = tuple[str, Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What a term does on one level, for the plan that ``--dry-run`` prints."""
+    """
+    What a term does on one level, for the plan that ``--dry-run`` prints.
+
+    ``compared_channels`` are those that the loss sees, where they are not the target's (0 stands
+    for that); ``note`` is a sentence for below the table, the classes that were matched, say.
+    """
 
     tap: str
     level: str
@@ -31,6 +36,8 @@ class PlanRow:
     region: str
     loss: str
     parameters: int
+    compared_channels: int = 0
+    note: str = ""
 
 
 class Term(nn.Module):

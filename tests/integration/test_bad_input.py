@@ -109,8 +109,17 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "channels": (f"{T}.CONNECTOR Identity", ("Term 'fpn'", "level p3", "8 channels", "16", "Auto")),
     "anchors": (
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[0.5,1.0]]",
-        ("Term 'logits'", "level p3", "6 channels and the target 3", "same anchors per cell"),
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[0.5,1.0]] KD.TERMS.LOGITS.TAP box_deltas",
+        ("Term 'logits'", "level p3", "8 channels and the target 4", "same anchors per cell"),
+    ),
+    "anchor reduction": (f"{T}.ANCHORS mean", (T, "one of max, logsumexp, but got 'mean'")),
+    "no class in common": (
+        f"{S}.CLASSES ['x','y','z']",
+        ("Term 'logits'", "no class in common", "ape, bee, cow, the target's x, y, z", "CLASSES"),
+    ),
+    "other classes": (
+        f"{S}.CLASSES ['x','y']",
+        ("Source 'teacher'", "2 CLASSES are named (x, y), but the detector has 3"),
     ),
     "other meta-architecture": (
         "MODEL.META_ARCHITECTURE RetinaNet",
@@ -244,7 +253,6 @@ def test_what_is_no_config_file(run, name, says):
     [
         ({"arch": "GeneralizedRCNN"}, ("Source 'teacher'", "'cls_logits'", "'rpn_logits'")),
         ({"classes": 5}, ("Term 'logits'", "3 channels and the target 5", "same classes")),
-        ({"sizes": 2}, ("Term 'logits'", "3 channels and the target 6", "same anchors per cell")),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

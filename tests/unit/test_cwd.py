@@ -132,7 +132,7 @@ def test_the_student_is_reached_through_a_frozen_connector():
 @pytest.mark.parametrize("kind", ["logits", "deltas"])
 def test_no_connector_translates_channels_with_a_meaning(kind):
     assert isinstance(wired(kind=kind).connectors["p3"], nn.Identity)
-    with pytest.raises(ValueError, match=r"level p3 of tap 'cls_logits'.*same classes here"):
+    with pytest.raises(ValueError, match=r"level p3 of tap 'cls_logits'.*same [a-z ]* here"):
         wired(student=4, target=6, kind=kind, tap="cls_logits")
     # One side with a meaning is enough.
     with pytest.raises(ValueError, match="no connector can translate"):

@@ -1,5 +1,6 @@
 """
-A test of the tests: every classical mistake in CWD, put into the code, must make a test fail.
+A test of the tests: every classical mistake in CWD, or in which channels it compares, put into the
+code, must make a test fail.
 
 A mutant is the module's own source with one replacement. Beside each stands the test that it must
 not survive.
@@ -13,9 +14,11 @@ import torch
 
 import kd_det
 from kd_det.losses import channel_wise_eager
-from kd_det.terms import LevelwiseTerm
+from kd_det.terms import LevelwiseTerm, levelwise
+from tests.parts import L2
 from tests.unit import test_channel_wise_kl as kl
 from tests.unit import test_channel_wise_kl_numerics as numerics
+from tests.unit import test_channels as channels
 from tests.unit import test_cwd as cwd
 
 ROOT = Path(kd_det.__file__).parent
@@ -167,4 +170,49 @@ def test_levels(monkeypatch, name):
     for method in ("forward", "aligned"):
         monkeypatch.setattr(LevelwiseTerm, method, getattr(module.LevelwiseTerm, method))
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check()
+
+
+CHANNELS = {
+    "class by class instead of anchor by anchor": (
+        ("x.unflatten(1, (self.anchors, -1))",
+         "x.unflatten(1, (-1, self.anchors)).transpose(1, 2)"),
+        lambda: channels.test_other_anchors_become_one_per_cell(9, 1, "max"),
+    ),
+    "and where the anchors stay": (
+        ("x.unflatten(1, (self.anchors, -1))",
+         "x.unflatten(1, (-1, self.anchors)).transpose(1, 2)"),
+        lambda: channels.test_another_order_of_classes_is_the_reordered_logits(L2, 3),
+    ),
+    "the inverse permutation": (
+        ("match_names(student.names, target.names)", "match_names(target.names, student.names)"),
+        lambda: channels.test_another_order_of_classes_is_the_reordered_logits(L2, 1),
+    ),
+    "the target's own order": (
+        ("theirs = [positions[i] for i in mine]", "theirs = sorted(positions[i] for i in mine)"),
+        lambda: channels.test_another_order_of_classes_is_the_reordered_logits(L2, 1),
+    ),
+    "the mean of the anchors": (
+        ("x.amax(1, keepdim=True)", "x.mean(1, keepdim=True)"),
+        lambda: channels.test_other_anchors_become_one_per_cell(9, 1, "max"),
+    ),
+    "the other side's anchors": (
+        ("_module(target, theirs, anchors", "_module(student, theirs, anchors"),
+        lambda: channels.test_other_anchors_become_one_per_cell(9, 3, "max"),
+    ),
+    "the other side's classes left in": (
+        ("_module(student, mine, anchors", "_module(student, theirs, anchors"),
+        lambda: channels.test_classes_of_one_side_are_left_out(1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels(monkeypatch, name):
+    (old, new), check = CHANNELS[name]
+    module = mutant("channels.py", old, new)
+    check()
+    monkeypatch.setattr(levelwise, "common_channels", module.common_channels)
+    monkeypatch.setattr(channels, "common_channels", module.common_channels)
+    with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
         check()
