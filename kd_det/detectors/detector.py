@@ -258,7 +258,8 @@ def probe(
         For each tap's name its levels in order.
 
     Raises:
-        ValueError: of ``classes``, or if something tapped is not channels-first or cannot be reached.
+        ValueError: of ``classes``; or if something tapped is not channels-first, or cannot be
+            reached.
     """
     taps = list(taps)
     architecture = meta_copy(model).eval()

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-
 from types import SimpleNamespace
 
 import pytest
