@@ -1,12 +1,17 @@
-"""Datasets: registration and checks of COCO-format data, and the synthetic dataset."""
+"""Datasets: registration and checks of COCO-format data, masks, and the synthetic dataset."""
 
 from kd_det.data.coco import check_coco, check_datasets, check_same_classes, register_coco
+from kd_det.data.sem_seg import register_sem_seg
 from kd_det.data.synthetic import make_synthetic_coco
+from kd_det.data.synthetic_masks import make_synthetic_masks, register_synthetic_masks
 
 __all__ = [
     "check_coco",
     "check_datasets",
     "check_same_classes",
     "make_synthetic_coco",
+    "make_synthetic_masks",
     "register_coco",
+    "register_sem_seg",
+    "register_synthetic_masks",
 ]

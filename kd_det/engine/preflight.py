@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -19,7 +20,9 @@ from kd_det.sources.weights_file import check_whole
 _CLASS_KEYS = {
     "RetinaNet": ("RETINANET", "NUM_CLASSES"),
     "GeneralizedRCNN": ("ROI_HEADS", "NUM_CLASSES"),
+    "PanopticFPN": ("ROI_HEADS", "NUM_CLASSES"),
 }
+_WITH_CLASS_MAPS = ("SemanticSegmentor", "PanopticFPN")
 
 
 def load_config(file: str, overrides: Sequence[Any]) -> CfgNode:
@@ -87,7 +90,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
 
     Args:
         cfg: the config of the run. Students whose number of classes is no config key, and datasets
-            in another format than COCO's, are left alone.
+            in another format than COCO's, are left alone; of class maps the metadata is checked.
         training: whether ``DATASETS.TRAIN`` counts.
 
     Raises:
@@ -97,7 +100,11 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
     if training and not train:
         raise ValueError("DATASETS.TRAIN is empty: name what to train on.")
     classes = check_datasets(train, cfg.DATASETS.TEST)
-    keys = _CLASS_KEYS.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    if architecture in _WITH_CLASS_MAPS:
+        for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
+            _check_class_maps(cfg, name, architecture)
+    keys = _CLASS_KEYS.get(architecture)
     if keys is None or classes is None:
         return
     found = cfg.MODEL[keys[0]][keys[1]]
@@ -106,6 +113,26 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
         raise ValueError(
             f"MODEL.{'.'.join(keys)} is {found}, but the datasets have {len(classes)} class(es) "
             f"({shown}): set it to {len(classes)}."
+        )
+
+
+def _check_class_maps(cfg: CfgNode, name: str, architecture: str) -> None:
+    metadata, head = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD
+    classes, ignored = metadata.get("stuff_classes"), metadata.get("ignore_label")
+    if classes is None and metadata.get("evaluator_type") == "coco":
+        raise ValueError(
+            f"A {architecture} predicts the class of every pixel, but the dataset '{name}' has "
+            "boxes only: register one with masks, see datasets/README.md."
+        )
+    if classes is not None and len(classes) != head.NUM_CLASSES:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {head.NUM_CLASSES}, but the pixels of '{name}' are "
+            f"of {len(classes)} class(es): set it to {len(classes)}."
+        )
+    if ignored is not None and ignored != head.IGNORE_VALUE:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but pixels of '{name}' that "
+            f"do not count are {ignored}: set it to {ignored}."
         )
 
 

@@ -264,7 +264,7 @@ def _annotation_file(dataset_name: str) -> str:
     if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg") or json_file is None:
         raise ValueError(
             "The teacher's AP is measured on datasets in COCO format, but "
-            f"'{dataset_name}' is of type '{metadata.get('evaluator_type')}'."
+            f"'{dataset_name}' is of type '{metadata.get('evaluator_type')}': leave MIN_AP at 0."
         )
     if not PathManager.isfile(json_file):
         raise ValueError(
