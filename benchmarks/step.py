@@ -27,7 +27,7 @@ from benchmarks.report import Report, Table
 from benchmarks.turns import Samples, ratios, spread, take_turns
 from kd_det import Distiller
 from kd_det.context import Context, with_images_on
-from kd_det.tools.quickstart import _Trainer
+from kd_det.tools.runs import Trainer
 
 PLAIN, TEACHER, KD = "plain step", "teacher's forward", "distilled step"
 WARMUP = 1
@@ -57,7 +57,7 @@ QUICKSTART = Setting(
     "quickstart/distilled.yaml",
     "quickstart/teacher.yaml",
     (8, 64, 64),
-    _Trainer.build_optimizer,
+    Trainer.build_optimizer,
 )
 R50 = Setting(
     "R50 from R50, FPN + logits", f"{_STUDENT}_cwd_R_101.yaml", f"{_STUDENT}.yaml", (2, 480, 640)

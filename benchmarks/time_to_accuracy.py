@@ -33,7 +33,7 @@ from kd_det import Teacher
 from kd_det.context import Context, with_images_on
 from kd_det.data.synthetic import make_synthetic_coco
 from kd_det.engine import build_evaluator
-from kd_det.tools import quickstart
+from kd_det.tools import quickstart, runs
 
 HEAD = ("features", "cls_logits", "box_deltas")
 
@@ -103,7 +103,7 @@ def _seed(plan: Plan, seed: int, folder: Path, options: Options) -> dict[str, An
     train, val = plan.images
     make_synthetic_coco(data, seed=seed, num_train=train, num_val=val)
     quickstart.register(data)
-    with quickstart.quiet(folder / "log.txt"):
+    with runs.quiet(folder / "log.txt"):
         teacher = quickstart.train("teacher", folder, seed, plan.teacher)  # kept between runs
         steps = _steps(plan, folder, seed, options)
         cost = spread(ratios(steps, "distilled", "student")).median
@@ -151,7 +151,7 @@ def train_run(
     shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
     Path(cfg.OUTPUT_DIR).mkdir(parents=True)
     seed_all_rng(seed)
-    trainer = quickstart._Trainer(cfg)
+    trainer = runs.Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
     clock = {int(i) + 1: s for s, i in trainer.storage.history("train_seconds").values()}
@@ -170,7 +170,7 @@ def _steps(plan: Plan, folder: Path, seed: int, options: Options) -> Samples:
         for name in ("student", "distilled"):
             cfg = _config(name, folder, seed, options)
             cfg.OUTPUT_DIR = scratch
-            steps[name] = quickstart._Trainer(cfg)._trainer.run_step
+            steps[name] = runs.Trainer(cfg)._trainer.run_step
         return take_turns(steps, plan.step_pairs, options.device, warmup=2)
 
 

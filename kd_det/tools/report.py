@@ -1,7 +1,9 @@
-"""The quickstart's table and picture."""
+"""The table and picture of a comparison."""
 
 import csv
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ _COLORS = {
     "inherited": "tab:green",
     "random_teacher": "tab:brown",
 }
-_TASK_LOSSES = ("loss_cls", "loss_box_reg")
 _MIN_SCORE = 0.4
 _FORMATS = {
     "parameters": ",",
@@ -34,13 +35,37 @@ _FORMATS = {
 }
 
 
-def write_report(output: Path, results: dict[str, dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Style:
     """
-    Write ``summary.json``, ``summary.csv`` and ``summary.png`` into a quickstart's folder.
+    What is shown of a task.
+
+    Attributes:
+        score: the column of the table by which runs are compared.
+        scalar: its name in metrics.json.
+        losses: the student's own.
+        note: how to read the pictures of predictions.
+        predictions: draws those of a run for one image: axes, folder of the run, folder of the
+            images, entry of the image in the annotation file, annotation file.
+    """
+
+    score: str
+    scalar: str
+    losses: tuple[str, ...]
+    note: str
+    predictions: Callable[[Axes, Path, Path, dict[str, Any], dict[str, Any]], None]
+
+
+def write_report(
+    output: Path, results: dict[str, dict[str, Any]], style: Style | None = None
+) -> None:
+    """
+    Write ``summary.json``, ``summary.csv`` and ``summary.png`` into a comparison's folder.
 
     Args:
         output: the folder with one folder per run.
         results: by run, in the order of the table.
+        style: of the task; boxes by default.
     """
     columns = list(next(iter(results.values())))
     (output / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -48,7 +73,7 @@ def write_report(output: Path, results: dict[str, dict[str, Any]]) -> None:
         writer = csv.writer(f)
         writer.writerow(["run", *columns])
         writer.writerows([name, *result.values()] for name, result in results.items())
-    _draw(output, list(results))
+    _draw(output, list(results), style or DETECTION)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -60,11 +85,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def write_means(
-    output: Path, by_seed: dict[int, dict[str, dict[str, Any]]]
+    output: Path, by_seed: dict[int, dict[str, dict[str, Any]]], score: str = "AP"
 ) -> dict[str, dict[str, float]]:
     """
-    Write ``seeds.json`` (every result) and ``seeds.md``: for each run the mean AP, and the mean of
-    the paired difference to the distilled student with a 95 % interval (Student's t over seeds).
+    Write ``seeds.json`` (every result) and ``seeds.md``: for each run the mean score, and the mean
+    of the paired difference to the distilled student with a 95 % interval (Student's t over seeds).
+
+    Args:
+        output: the folder with one folder per seed.
+        by_seed: the results by run.
+        score: the column that counts.
 
     Returns:
         The means by run.
@@ -81,14 +111,15 @@ def write_means(
     }
     rows = []
     for run in runs:
-        aps = [by_seed[seed][run]["AP"] for seed in seeds]
-        gains = [by_seed[seed]["distilled"]["AP"] - ap for seed, ap in zip(seeds, aps, strict=True)]
+        found = [by_seed[seed][run][score] for seed in seeds]
+        best = [by_seed[seed]["distilled"][score] for seed in seeds]
+        gains = [distilled - other for distilled, other in zip(best, found, strict=True)]
         mean, half = float(np.mean(gains)), _half_interval(gains)
         gap = "" if run in ("teacher", "distilled") else f"{mean:+.1f} ± {half:.1f}"
-        each = " ".join(f"{ap:.1f}" for ap in aps)
+        each = " ".join(f"{value:.1f}" for value in found)
         row = means[run]
-        rows.append([run, each, row["AP"], gap, round(row["iterations"])])
-    headers = ["run", f"AP of seeds {seeds}", "mean", "distilled gains", "iterations"]
+        rows.append([run, each, row[score], gap, round(row["iterations"])])
+    headers = ["run", f"{score} of seeds {seeds}", "mean", "distilled gains", "iterations"]
     text = tabulate(rows, headers, "github", floatfmt=("", "", ".1f", "", ""), intfmt=",")
     (output / "seeds.md").write_text(text + "\n")
     return means
@@ -101,21 +132,22 @@ def _half_interval(values: list[float]) -> float:
     return t[min(n - 2, len(t) - 1)] * float(np.std(values, ddof=1)) / n**0.5
 
 
-def _draw(output: Path, names: list[str]) -> None:
+def _draw(output: Path, names: list[str], style: Style) -> None:
     figure, axes = plt.subplots(3, 4, figsize=(15, 11), height_ratios=(1.3, 1, 1))
-    curves = {name: _metrics(output / name / "metrics.json") for name in names}
+    curves = {name: _metrics(output / name / "metrics.json", style.losses) for name in names}
+    own = " + ".join(loss.removeprefix("loss_") for loss in style.losses)
     for column, (title, x, y) in enumerate(
         [
-            ("task loss (cls + box)", "iteration", "loss"),
-            ("AP", "iteration", "bbox/AP"),
-            ("AP", "train_seconds", "bbox/AP"),
+            (f"task loss ({own})", "iteration", "loss"),
+            (style.score, "iteration", style.scalar),
+            (style.score, "train_seconds", style.scalar),
         ]
     ):
         ax = axes[0][column]
         for name in names:
             points = [(row[x], row[y]) for row in curves[name] if x in row and y in row]
             if points:
-                marker = "o" if y == "bbox/AP" else ""
+                marker = "o" if y == style.scalar else ""
                 ax.plot(*zip(*points, strict=True), color=_COLORS[name], label=name, marker=marker)
         ax.set_title(title)
         ax.set_xlabel("seconds of training" if x == "train_seconds" else x)
@@ -123,20 +155,23 @@ def _draw(output: Path, names: list[str]) -> None:
     axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend()
     axes[0][3].axis("off")
-    text = f"rows below: the plain\nand the distilled student;\ndetections above {_MIN_SCORE},\n"
-    axes[0][3].text(0, 0.5, text + "ground truth dashed", fontsize=12)
+    text = "rows below: the plain\nand the distilled student;\n" + style.note
+    axes[0][3].text(0, 0.5, text, fontsize=12)
     truth = json.loads(next(output.glob("data_seed*/annotations/instances_val.json")).read_text())
     folder = next(output.glob("data_seed*/val"))
     for row, name in ((1, "student"), (2, "distilled")):
         for ax, image in zip(axes[row], truth["images"][:4], strict=True):
-            _draw_detections(ax, output / name, folder, image, truth)
+            ax.imshow(Image.open(folder / image["file_name"]), interpolation="nearest")
+            style.predictions(ax, output / name, folder, image, truth)
+            ax.set_xticks([])
+            ax.set_yticks([])
         axes[row][0].set_ylabel(name)
     figure.tight_layout()
     figure.savefig(output / "summary.png", dpi=75)
     plt.close(figure)
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path, losses: tuple[str, ...]) -> list[dict[str, Any]]:
     """
     Detectron2's metrics.json, one row per iteration, with the task loss and the seconds of
     training (which are written at other iterations than AP is).
@@ -144,8 +179,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        if all(key in row for key in _TASK_LOSSES):
-            row["loss"] = sum(row[key] for key in _TASK_LOSSES)
+        if all(key in row for key in losses):
+            row["loss"] = sum(row[key] for key in losses)
         rows[row["iteration"]] = {**rows.get(row["iteration"], {}), **row}
     timed = [(i, rows[i]["train_seconds"]) for i in sorted(rows) if "train_seconds" in rows[i]]
     for iteration, row in rows.items():
@@ -159,7 +194,6 @@ def _draw_detections(
     ax: Axes, run: Path, folder: Path, image: dict[str, Any], truth: dict[str, Any]
 ) -> None:
     names = {c["id"]: c["name"] for c in truth["categories"]}
-    ax.imshow(Image.open(folder / image["file_name"]), interpolation="nearest")
     for a in truth["annotations"]:
         if a["image_id"] == image["id"]:
             ax.add_patch(_box(a["bbox"], edgecolor="white", linestyle="--"))
@@ -169,10 +203,18 @@ def _draw_detections(
             ax.add_patch(_box(d["bbox"], edgecolor="yellow"))
             label = f"{names[d['category_id']]} {d['score']:.2f}"
             ax.text(d["bbox"][0], d["bbox"][1], label, color="yellow", fontsize=8)
-    ax.set_xticks([])
-    ax.set_yticks([])
 
 
 def _box(bbox: list[float], **style: Any) -> Rectangle:
     x, y, w, h = bbox
     return Rectangle((x, y), w, h, fill=False, **style)
+
+
+DETECTION = Style(
+    score="AP",
+    scalar="bbox/AP",
+    losses=("loss_cls", "loss_box_reg"),
+    note=f"detections above {_MIN_SCORE},\nground truth dashed",
+    predictions=_draw_detections,
+)
+"""Boxes."""

@@ -8,7 +8,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from kd_det.data.synthetic import make_synthetic_coco
-from kd_det.tools import quickstart
+from kd_det.tools import quickstart, runs
 
 
 @pytest.fixture
@@ -36,17 +36,17 @@ def losses(folder):
 
 
 def test_runs_are_skipped_when_there_and_continued_when_cut_off(small, tmp_path, monkeypatch):
-    step = quickstart._Progress.after_step
+    step = runs._Progress.after_step
 
     def cut_off(self):
         step(self)
         if self.name == "distilled" and self.trainer.iter == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quickstart._Progress, "after_step", cut_off)
+    monkeypatch.setattr(runs._Progress, "after_step", cut_off)
     with pytest.raises(KeyboardInterrupt):
         quickstart.run_seed(tmp_path, seed=1)
-    monkeypatch.setattr(quickstart._Progress, "after_step", step)
+    monkeypatch.setattr(runs._Progress, "after_step", step)
     assert not (tmp_path / "distilled" / "result.json").exists()
     teacher = (tmp_path / "teacher" / "model_final.pth").stat().st_mtime_ns
 
@@ -69,7 +69,7 @@ def test_both_students_start_from_the_same_weights_and_see_the_same_data(small, 
     """Without inheritance their first task loss is one number: same weights, same batch."""
     quickstart.make_synthetic_coco(tmp_path / "data_seed1", seed=1)
     quickstart.register(tmp_path / "data_seed1")
-    quickstart.save_random_teacher(tmp_path, seed=1)
+    runs.save_random_teacher(tmp_path, 1, quickstart.config_of)
     (tmp_path / "teacher").mkdir()
     (tmp_path / "random_teacher" / "teacher.pth").rename(tmp_path / "teacher" / "model_final.pth")
     first = {}
@@ -77,8 +77,8 @@ def test_both_students_start_from_the_same_weights_and_see_the_same_data(small, 
         cfg = quickstart.config_of(run, tmp_path, 1)
         cfg.merge_from_list(["KD.STUDENT.INIT_FROM", ""])
         (tmp_path / run).mkdir()
-        quickstart.seed_all_rng(1)
-        trainer = quickstart._Trainer(cfg)
+        runs.seed_all_rng(1)
+        trainer = runs.Trainer(cfg)
         inputs = next(iter(trainer.data_loader))
         model = trainer.model.train()
         with EventStorage(0):
@@ -92,7 +92,7 @@ def test_a_random_teacher_does_not_help(tmp_path):
     """At the quickstart's scale, some three minutes: what it adds must come from knowledge."""
     quickstart.make_synthetic_coco(tmp_path / "data_seed1", seed=1)
     quickstart.register(tmp_path / "data_seed1")
-    quickstart.save_random_teacher(tmp_path, seed=1)
+    runs.save_random_teacher(tmp_path, 1, quickstart.config_of)
     plain = quickstart.train("student", tmp_path, seed=1)
     misled = quickstart.train("random_teacher", tmp_path, seed=1)
     assert misled["AP"] < plain["AP"] + 1

@@ -8,8 +8,9 @@ from detectron2.modeling import build_model
 
 from kd_det.__main__ import main
 from kd_det.tools import report
-from kd_det.tools.quickstart import RUNS, check, config_of
+from kd_det.tools.quickstart import check, config_of
 from kd_det.tools.report import table, write_means, write_report
+from kd_det.tools.runs import RUNS
 from kd_det.tools.taps import tap_table
 from tests.toys import save_teacher, toy_cfg
 
@@ -141,5 +142,8 @@ def test_ap_is_placed_in_time_though_seconds_are_written_elsewhere(tmp_path):
     ]
     path = tmp_path / "metrics.json"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    found = {row["iteration"]: row["train_seconds"] for row in report._metrics(path)}
+    found = {
+        row["iteration"]: row["train_seconds"]
+        for row in report._metrics(path, report.DETECTION.losses)
+    }
     assert found == {19: 2.0, 29: 3.0, 39: 4.0}
