@@ -47,13 +47,13 @@ class TapShape:
         origin: see `Tap.origins`.
         kind: see `Tap.kind`.
         calls: how often the tapped module fires in one forward.
+        anchors: A, where its channels are anchors x classes (or coordinates), anchor by anchor; 0
+            where that is unknown.
+        names: what the channels of one anchor are called, in order; empty where that is unknown.
         units: see `Tap.units`.
         activation: of class scores, what makes probabilities of them: ``"softmax"``, the background
             last, or ``"sigmoid"``, where the last column means nothing.
         rows: how many of them a training step has at most per image.
-        anchors: A, where its channels are anchors x classes (or coordinates), anchor by anchor; 0
-            where that is unknown.
-        names: what the channels of one anchor are called, in order; empty where that is unknown.
     """
 
     level: str
@@ -62,11 +62,11 @@ class TapShape:
     origin: str = ""
     kind: str = "feature"
     calls: int = 1
+    anchors: int = 0
+    names: tuple[str, ...] = ()
     units: tuple[float, ...] = ()
     activation: str = ""
     rows: int = 0
-    anchors: int = 0
-    names: tuple[str, ...] = ()
 
     @property
     def per_anchor(self) -> int:
