@@ -90,5 +90,15 @@ def on_one_grid(student: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Te
     return student[..., :h, :w], target[..., :h, :w]
 
 
+def unit_ratio(student: TapShape, target: TapShape) -> tuple[float, ...]:
+    """
+    Factors on the target's (dx, dy, dw, dh) that bring them into the student's units: two detectors
+    that mean one box write other numbers when their box transforms have other weights.
+    """
+    if not (student.units and target.units):
+        return (1.0, 1.0, 1.0, 1.0)
+    return tuple(s / t for s, t in zip(student.units, target.units, strict=True))
+
+
 def _list(shapes: Sequence[TapShape]) -> str:
     return ", ".join(f"{s.level} (stride {s.stride})" for s in shapes)

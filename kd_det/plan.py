@@ -33,12 +33,12 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
                     name,
                     f"{row.tap}.{row.level}",
                     row.target,
-                    f"1/{row.stride}",
+                    f"1/{row.stride}" if row.stride else f"{row.rows} rows",
                     f"{row.student_channels} -> {row.target_channels}",
                     row.connector,
                     row.region,
                     row.loss,
-                    term.weight * term.level_weight(row.level),
+                    term.weight * term.level_weight(row.value or row.level),
                     row.parameters,
                     row_bytes(
                         row.target_channels,
@@ -46,6 +46,7 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
                         canvas,
                         row.connector != "-",
                         row.compared_channels,
+                        row.rows,
                     )
                     / _MIB,
                 ]
@@ -64,20 +65,26 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
 
 
 def row_bytes(
-    channels: int, stride: int, canvas: tuple[int, int, int], connected: bool, compared: int = 0
+    channels: int,
+    stride: int,
+    canvas: tuple[int, int, int],
+    connected: bool,
+    compared: int = 0,
+    rows: int = 0,
 ) -> int:
     """
     Bytes of float32 that one level of a term holds, see `plan_table`.
 
     Args:
         channels: of the target's map.
-        stride: pixels per cell.
+        stride: pixels per cell; 0 for rows (`kd_det.taps.ROWS`).
         canvas: (N, H, W) of the padded batch.
         connected: whether the student's map is changed before it is compared.
         compared: channels that the loss sees; 0 for the target's.
+        rows: per image, where there is no grid.
     """
     n, h, w = canvas
-    one = 4 * n * -(-h // stride) * -(-w // stride)
+    one = 4 * n * (-(-h // stride) * -(-w // stride) if stride else rows)
     return one * (channels + (compared or channels) * (2 if connected else 1))
 
 

@@ -157,7 +157,7 @@ def _plan(distiller: Distiller) -> dict[str, Any]:
             "weight": term.weight,
             "schedule": {"type": type(term.schedule).__name__, **vars(term.schedule)},
             "levels": [
-                {**asdict(row), "level_weight": term.level_weight(row.level)}
+                {**asdict(row), "level_weight": term.level_weight(row.value or row.level)}
                 for row in wiring.rows.get(name, [])
             ],
         }

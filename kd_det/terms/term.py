@@ -22,8 +22,22 @@ class PlanRow:
     """
     What a term does on one level, for the plan that ``--dry-run`` prints.
 
-    ``compared_channels`` are those that the loss sees, where they are not the target's (0 stands
-    for that); ``note`` is a sentence for below the table, the classes that were matched, say.
+    Attributes:
+        tap: of the student.
+        level: of that tap.
+        target: the source's tap and level.
+        student_channels: C of the student.
+        target_channels: C of the source.
+        stride: pixels of the student's input per cell; 0 for rows (`kd_det.taps.ROWS`).
+        connector: between the two.
+        region: where it counts.
+        loss: how they are compared.
+        parameters: of the connector.
+        value: name of the value that `Term.forward` gives for it; empty for the level's.
+        rows: how many rows there are at most per image, where there is no grid.
+        compared_channels: those that the loss sees, where they are not the target's; 0 stands for
+            the target's.
+        note: a sentence for below the table: the classes that were matched, say.
     """
 
     tap: str
@@ -38,6 +52,8 @@ class PlanRow:
     parameters: int
     compared_channels: int = 0
     note: str = ""
+    value: str = ""
+    rows: int = 0
 
 
 class Term(nn.Module):
@@ -111,7 +127,8 @@ class Term(nn.Module):
         source: Source,
     ) -> dict[str, Tensor]:
         """
-        The unweighted value of every level, a scalar attached to the student's graph.
+        The unweighted value of every level, a scalar attached to the student's graph. A term that
+        compares several taps may have several values per level, each under a name of its own.
 
         Args:
             student: for every student tap its maps, with gradients.
