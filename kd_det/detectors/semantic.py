@@ -20,8 +20,15 @@ def class_map(head: nn.Module) -> dict[str, Tap]:
     """
     if not isinstance(getattr(head, "predictor", None), nn.Module):
         return {}
-    path, levels = "sem_seg_head.predictor", ("sem_seg",)
-    return {"sem_seg_logits": Tap("sem_seg_logits", path, levels=levels, kind="logits")}
+    tap = Tap(
+        "sem_seg_logits",
+        "sem_seg_head.predictor",
+        levels=("sem_seg",),
+        kind="logits",
+        per_anchor=getattr(head.predictor, "out_channels", 0),
+        names="stuff_classes",
+    )
+    return {tap.name: tap}
 
 
 def run_head(head: nn.Module, maps: dict[str, Tensor]) -> Any:

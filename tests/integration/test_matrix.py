@@ -1,5 +1,5 @@
 """
-Six detectors teach six: every pair distils what is natural to it, with its connectors frozen.
+Seven detectors teach seven: every pair distils what is natural to it, with its connectors frozen.
 
 The student's gradient is not zero, and over 20 steps on one batch, the task loss off, every term
 falls. Classes, their order, anchors per cell, channels, levels, strides and padding differ.
@@ -25,9 +25,11 @@ from torch import nn
 from kd_det import Distiller, Teacher, terms
 from kd_det.detectors import describe
 from tests.steps import step
-from tests.toys import batch, randomize_norms, toy_cfg, toy_fcos
+from tests.toys import batch, randomize_norms, toy_cfg, toy_fcos, with_pixels
 
 STEPS = 20
+PREDICTORS = ("cls_score.weight", "objectness_logits.weight", "predictor.weight")
+LOGITS = ("cls_logits", "rpn_logits", "sem_seg_logits")
 STUDENT, TEACHER = 0, 1  # seeds
 
 
@@ -107,19 +109,21 @@ BUILDERS = {
     "Faster": (lambda: build_model(rcnn_cfg()), "abc"),
     "Cascade": (cascade, "abc"),
     "C4": (c4, "abc"),
+    "Semantic": (lambda: build_model(toy_cfg(arch="SemanticSegmentor")), "_abc"),
 }
 
 # Rows are students, columns teachers: falls, on how many levels of features + of logits (of class
-# logits between dense detectors, of the RPN's between two-stage ones); or words of an error.
-# Of P6 and P7 those pair that are made in one way; a C4 detector has the stride of P4 alone.
+# logits between dense detectors, of the RPN's between two-stage ones, of class maps); or words of
+# an error. Of P6 and P7 those pair that are made in one way; a C4 detector has P4's stride alone.
 EXPECTED = """
-student     RetinaNet  FCOS  RegNet  Faster  Cascade  C4
-RetinaNet   5+5        5+5   3+5     3       3        1
-FCOS        5+5        5+5   3+5     3       3        1
-RegNet      3+5        3+5   5+5     3       3        1
-Faster      3          3     3       5+5     5+5      1+1
-Cascade     3          3     3       5+5     5+5      1+1
-C4          1          1     1       1+1     1+1      1+1
+student     RetinaNet  FCOS  RegNet  Faster  Cascade  C4   Semantic
+RetinaNet   5+5        5+5   3+5     3       3        1    3
+FCOS        5+5        5+5   3+5     3       3        1    3
+RegNet      3+5        3+5   5+5     3       3        1    3
+Faster      3          3     3       5+5     5+5      1+1  4
+Cascade     3          3     3       5+5     5+5      1+1  4
+C4          1          1     1       1+1     1+1      1+1  1
+Semantic    3          3     3       4       4        1    4+1
 """
 HEADER, *ROWS = (line.split() for line in EXPECTED.strip().splitlines())
 CELLS = [
@@ -135,14 +139,14 @@ def built(kind: str, seed: int) -> nn.Module:
     model = BUILDERS[kind][0]()
     randomize_norms(model)
     for name, p in model.named_parameters():  # a fresh predictor says the same everywhere
-        if seed == TEACHER and name.endswith(("cls_score.weight", "objectness_logits.weight")):
+        if seed == TEACHER and name.endswith(PREDICTORS):
             nn.init.normal_(p, std=0.3)
     return model
 
 
 def common_logits(student: nn.Module, teacher: nn.Module) -> str | None:
     names = [describe(model).presets() for model in (student, teacher)]
-    return next((n for n in ("cls_logits", "rpn_logits") if all(n in x for x in names)), None)
+    return next((n for n in LOGITS if all(n in x for x in names)), None)
 
 
 def distiller(student: str, teacher: str) -> Distiller:
@@ -173,7 +177,7 @@ def test_pair(student: str, teacher: str, result: str) -> None:
     assert "+".join(str(len(rows)) for rows in model.wiring.rows.values()) == result
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=0.01)
-    inputs = batch()
+    inputs = with_pixels(batch())
     curve = []
     for iteration in range(STEPS + 1):
         losses = {k: v for k, v in step(model, iteration, inputs).items() if "loss_kd" in k}
