@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CONTROLS = {
     "inherited": ["KD.TERMS.FPN.WEIGHT", 0, "KD.TERMS.LOGITS.WEIGHT", 0],
     RANDOM_TEACHER: [],
 }
+MIXED_CONTROLS = {**CONTROLS, "inherited": ["KD.TERMS.FPN.WEIGHT", 0]}
 
 
 def add_parser(commands: Any) -> None:
@@ -43,12 +45,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--task",
-        choices=("detection", "semantic"),
+        choices=("detection", "mixed", "semantic"),
         default="detection",
-        help="boxes with a RetinaNet, or class maps with a SemanticSegmentor (docs/semantic.md)",
+        help="boxes with a RetinaNet; the same, taught by a Faster R-CNN (docs/mixed_pairs.md); or "
+        "class maps with a SemanticSegmentor (docs/semantic.md)",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="default: output/quickstart, or output/semantic"
+        "--output", metavar="DIR", help="default: output/quickstart, or output/<task>"
     )
     parser.add_argument(
         "--seeds",
@@ -76,10 +79,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run what is missing and print the table."""
     began = time.perf_counter()
+    if args.check and args.task != "detection":
+        raise ValueError(f"--check is of the detection task: of {args.task} nothing is promised.")
     if args.task == "semantic":
-        if args.check:
-            raise ValueError("--check is of the detection task: nothing is promised of class maps.")
         of_seed, score, folder = semantic.run_seed, semantic.SCORE, "semantic"
+    elif args.task == "mixed":
+        of_seed, score, folder = partial(run_seed, of_run=mixed_config_of), "AP", "mixed"
     else:
         of_seed, score, folder = run_seed, "AP", "quickstart"
     output = Path(args.output or f"output/{folder}")
@@ -96,7 +101,9 @@ def run(args: argparse.Namespace) -> None:
         check(results)
 
 
-def run_seed(output: Path, seed: int, controls: bool = False) -> dict[str, dict[str, Any]]:
+def run_seed(
+    output: Path, seed: int, controls: bool = False, of_run: runs.ConfigOf | None = None
+) -> dict[str, dict[str, Any]]:
     """
     All runs of one seed, and their report.
 
@@ -104,6 +111,7 @@ def run_seed(output: Path, seed: int, controls: bool = False) -> dict[str, dict[
         output: a folder of this seed's own.
         seed: of data, weights and data order.
         controls: also run `CONTROLS`.
+        of_run: the config of each run; `config_of` by default.
 
     Returns:
         The results by run, in the order of the table.
@@ -112,7 +120,7 @@ def run_seed(output: Path, seed: int, controls: bool = False) -> dict[str, dict[
     register(output / f"data_seed{seed}")
     with runs.quiet(output / "log.txt"):
         names = tuple(CONTROLS) if controls else ()
-        results = runs.compare(output, seed, config_of, measure, names)
+        results = runs.compare(output, seed, of_run or config_of, measure, names)
     write_report(output, results)
     return results
 
@@ -147,6 +155,12 @@ def check(results: dict[str, dict[str, Any]]) -> None:
 def config_of(name: str, output: Path, seed: int, iterations: int | None = None) -> CfgNode:
     """See `kd_det.tools.runs.run_config`."""
     return runs.run_config("quickstart/{}.yaml", name, output, seed, iterations, CONTROLS)
+
+
+def mixed_config_of(name: str, output: Path, seed: int, iterations: int | None = None) -> CfgNode:
+    """`config_of` where the teacher is a Faster R-CNN."""
+    files = "quickstart/mixed_{}.yaml"
+    return runs.run_config(files, name, output, seed, iterations, MIXED_CONTROLS)
 
 
 def train(name: str, output: Path, seed: int, iterations: int | None = None) -> dict[str, Any]:

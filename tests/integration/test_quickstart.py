@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from kd_det.data.synthetic import make_synthetic_coco
 from kd_det.tools import quickstart, runs
+
+CONFIGS_OF = (quickstart.mixed_config_of, quickstart.config_of)
 
 
 @pytest.fixture
@@ -96,3 +99,26 @@ def test_a_random_teacher_does_not_help(tmp_path):
     plain = quickstart.train("student", tmp_path, seed=1)
     misled = quickstart.train("random_teacher", tmp_path, seed=1)
     assert misled["AP"] < plain["AP"] + 1
+
+
+def test_a_teacher_of_another_kind(tmp_path):
+    runs.save_random_teacher(tmp_path, 1, quickstart.mixed_config_of)
+    for run, weighted in (("random_teacher", True), ("inherited", False)):
+        cfg = quickstart.mixed_config_of(run, tmp_path, 1)
+        weights = tmp_path / "random_teacher" / "teacher.pth"
+        cfg.defrost()
+        cfg.KD.SOURCES.TEACHER.WEIGHTS = str(weights)
+        model = build_model(cfg)
+        assert model.inherit.modules == ("backbone.fpn_output*",)
+        rows = [row for rows in model.wiring.rows.values() for row in rows]
+        assert [row.target for row in rows] == [f"features.p{i}" for i in (3, 4, 5)] * weighted
+    plain, usual = (of("student", tmp_path, 1) for of in CONFIGS_OF)
+    plain.defrost()
+    assert plain.KD.ENABLED is False
+    plain.KD = usual.KD
+    assert plain == usual  # the quickstart's own student
+    teacher = quickstart.mixed_config_of("teacher", tmp_path, 1)
+    usual = quickstart.config_of("teacher", tmp_path, 1)
+    assert teacher.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    for node in ("SOLVER", "INPUT", "DATASETS", "DATALOADER"):
+        assert teacher[node] == usual[node]
