@@ -222,6 +222,14 @@ def test_a_forward_is_stopped_behind_its_taps(own: Own, stop: bool) -> None:
     assert not any(m._forward_hooks for m in [own, own.head, own.head["tower"]])
 
 
+def test_what_a_module_list_holds_are_parts(own: Own) -> None:
+    own.eval()
+    calls = measured(own, ["head.tower"])
+    behind = calls_of(own.classify)
+    run(own, ["head.tower"], calls)
+    assert len(behind) == 4  # the fifth level is not classified
+
+
 def test_a_stop_waits_for_the_end_of_the_part(own: Own) -> None:
     """Nothing inside of a part is cut off."""
     own.eval()
