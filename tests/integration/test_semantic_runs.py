@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import COCOEvaluator
@@ -22,7 +24,9 @@ from kd_det.config import student_config
 from kd_det.data.synthetic import CLASSES, make_synthetic_coco
 from kd_det.data.synthetic_masks import make_synthetic_masks, register_synthetic_masks
 from kd_det.engine import build_evaluator, check_data
+from kd_det.terms import CWD
 from kd_det.tools import runs, semantic
+from tests.steps import step
 from tests.toys import batch, distiller_cfg, save_teacher, with_pixels
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -60,6 +64,37 @@ def cfg(data, teacher, tmp_path):
     cfg.SEED = 1
     Path(cfg.OUTPUT_DIR).mkdir()
     return cfg
+
+
+LAZY = """
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN, BasicStem, ResNet
+from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSegFPNHead
+
+stages = ["res2", "res3", "res4", "res5"]
+model = L(SemanticSegmentor)(
+    backbone=L(FPN)(
+        bottom_up=L(ResNet)(
+            stem=L(BasicStem)(in_channels=3, out_channels=64, norm="BN"),
+            stages=L(ResNet.make_default_stages)(depth=18, norm="BN"),
+            out_features=stages,
+        ),
+        in_features=stages,
+        out_channels=8,
+    ),
+    sem_seg_head=L(SemSegFPNHead)(
+        input_shape={f"p{i}": L(ShapeSpec)(channels=8, stride=2**i) for i in (2, 3, 4, 5)},
+        num_classes=4,
+        conv_dims=8,
+        common_stride=4,
+        norm="BN",
+        ignore_value=255,
+    ),
+    pixel_mean=[103.53, 116.28, 123.675],
+    pixel_std=[57.375, 57.12, 58.395],
+)
+"""
 
 
 class Trainer(kd_det.TrainerMixin, DefaultTrainer):
@@ -156,6 +191,25 @@ def test_boxes_alone_are_refused(cfg, data):
     cfg.DATASETS.TEST = ("semantic_boxes",)
     with pytest.raises(ValueError, match="'semantic_boxes' has boxes only"):
         check_data(cfg, training=True)
+
+
+def test_a_lazyconfig_teacher_and_student(tmp_path):
+    file, weights = tmp_path / "lazy.py", tmp_path / "lazy.pth"
+    file.write_text(LAZY)
+    cfg = LazyConfig.load(str(file))
+    torch.save({"model": instantiate(cfg.model).state_dict()}, weights)
+    term = L(CWD)(tap="sem_seg_logits", tau=4.0, weight=3.0)
+    cfg.model = L(kd_det.Distiller)(
+        student=cfg.model,
+        sources=L("builtins.dict")(
+            t=L(kd_det.Teacher)(config_file=str(file), weights=str(weights))
+        ),
+        terms=L("builtins.dict")(classes=term),
+    )
+    model = instantiate(cfg.model).train()
+    losses = step(model, 0, with_pixels(batch()))
+    assert set(losses) == {"loss_sem_seg", "loss_kd_classes"}
+    assert losses["loss_kd_classes"] > 0
 
 
 # -- PanopticFPN ----------------------------------------------------------------------------------
