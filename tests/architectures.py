@@ -65,6 +65,14 @@ def retinanet(*, fpn: int = 8) -> CfgNode:
     return cfg
 
 
+def semantic(*, arch: str = "SemanticSegmentor", fpn: int = 8) -> CfgNode:
+    """SemanticSegmentor, or PanopticFPN, which detects something without training."""
+    cfg = toy_cfg(arch=arch, fpn=fpn)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    return cfg
+
+
 _LAZY = """
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
