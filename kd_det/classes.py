@@ -53,7 +53,7 @@ def dataset_classes(dataset: str, field: str = "thing_classes") -> list[str] | N
     if names is None and field == "thing_classes" and json_file and PathManager.isfile(json_file):
         # Detectron2 learns them when it loads the dataset; so does this, in the same order.
         path = PathManager.get_local_path(json_file)
-        return list(_annotated_classes(path, os.stat(path).st_mtime))
+        names = _annotated_classes(path, os.stat(path).st_mtime)
     return None if names is None else list(names)
 
 
@@ -74,10 +74,13 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 @lru_cache(maxsize=8)
-def _annotated_classes(path: str, changed: float) -> tuple[str, ...]:
-    with open(path, encoding="utf-8") as f:
-        categories = json.load(f)["categories"]
-    return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
+def _annotated_classes(path: str, changed: float) -> tuple[str, ...] | None:
+    try:
+        with open(path, encoding="utf-8") as f:
+            categories = json.load(f)["categories"]
+        return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
+    except (ValueError, KeyError, TypeError):  # who loads the dataset will say what is wrong
+        return None
 
 
 def _of(names: Sequence[str] | None, count: int) -> Sequence[str] | None:

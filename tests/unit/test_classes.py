@@ -30,6 +30,13 @@ def test_names_of_a_dataset_that_was_not_loaded_are_read_in_the_order_of_ids(dat
     assert MetadataCatalog.get(dataset).get("thing_classes") is None
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"categories": [{"id": 1}]}'])
+def test_a_malformed_file_tells_nothing(dataset, content):
+    with open(MetadataCatalog.get(dataset).json_file, "w") as f:
+        f.write(content)
+    assert dataset_classes(dataset) is None
+
+
 def test_a_dataset_that_is_not_registered_stays_so():
     assert dataset_classes("nowhere") is None
     assert "nowhere" not in MetadataCatalog.list()
