@@ -33,6 +33,8 @@ def test_plan_names_every_level_with_its_cost(model):
 
 def test_row_bytes_round_the_grid_up():
     assert row_bytes(3, 8, (1, 9, 17), connected=False) == 2 * 4 * 3 * 2 * 3
+    # Nine anchors of three classes, reduced: the target's map, the student's reduced one, gradient.
+    assert row_bytes(27, 8, (1, 9, 17), connected=True, compared=3) == 4 * (27 + 3 + 3) * 2 * 3
 
 
 def test_measuring_leaves_no_gradient_and_counts_the_losses(model):
