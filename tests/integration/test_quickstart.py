@@ -120,6 +120,5 @@ def test_a_teacher_of_another_kind(tmp_path):
     teacher = quickstart.mixed_config_of("teacher", tmp_path, 1)
     usual = quickstart.config_of("teacher", tmp_path, 1)
     assert teacher.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    assert teacher.SOLVER.MAX_ITER < usual.SOLVER.MAX_ITER  # its steps are dearer
-    for node in ("INPUT", "DATASETS", "DATALOADER"):
+    for node in ("SOLVER", "INPUT", "DATASETS", "DATALOADER"):
         assert teacher[node] == usual[node]
