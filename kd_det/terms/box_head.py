@@ -122,8 +122,8 @@ class BoxHead(Term):
         s, t = pair.student, pair.target
         if s.activation != t.activation:
             raise ValueError(
-                f"{s.level}: the student's scores go through a {s.activation}, those of the "
-                f"source through a {t.activation} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): they are no "
+                f"{s.level}: the student's scores go through a {s.activation} and those of "
+                f"the source through a {t.activation} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): they are no "
                 "distributions of one kind. Distil features (TYPE: CWD, TAP: features), or train "
                 "the student as the source was"
             )

@@ -94,6 +94,22 @@ def test_an_equal_teacher_gives_zero_and_no_pull(kind: str) -> None:
     assert max(float(g.abs().max()) for g in found.values()) < 1e-4
 
 
+def test_sigmoid_heads_meet_as_such() -> None:
+    """Detectron2 main's USE_SIGMOID_CE; in 0.6 nobody reads the attribute but kd_det."""
+    student, teacher = rcnn(), rcnn(seed=5)
+    for model in (student, teacher):
+        model.roi_heads.box_predictor.use_sigmoid_ce = True
+    together = pair(student, teacher, box=BoxHead())
+    assert together.wiring.rows["box"][0].student_channels == 4
+    losses = step(together, 0, inputs())
+    assert float(losses["loss_kd_box"].detach()) > 0
+    losses["loss_kd_box"].backward()
+    background = gradients(student)["roi_heads.box_predictor.cls_score.bias"][-1]
+    assert float(background) == 0  # trained by nobody
+    with pytest.raises(ValueError, match=r"Term 'box': stage0: .* softmax and those of the source"):
+        pair(rcnn(), teacher, box=BoxHead())
+
+
 def test_what_each_term_moves() -> None:
     model = pair(rcnn(), rcnn(seed=5))
     losses = step(model, 0, inputs())
@@ -216,6 +232,7 @@ def test_the_config_of_the_zoos_pair_has_a_plan() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_yaml_door(tmp_path: Path, kind: str) -> None:
     cfg = config(tmp_path, kind)
+    cfg.merge_from_list(["KD.TERMS.BOX.WEIGHT", "2", "KD.TERMS.BOX.DELTA_WEIGHT", "0.25"])
     model = build_model(cfg)
     lively(model.student, 0)
     losses = step(model, 0, inputs())
@@ -228,6 +245,9 @@ def test_the_yaml_door(tmp_path: Path, kind: str) -> None:
         f"{tap}.stage{k}" for tap in ("roi_scores", "roi_deltas") for k in range(stages)
     ]
     assert boxes[0][4:6] == ["16", "rows"]
+    # The deltas' own factor is in their weight.
+    weights = {line[2].split(".")[0]: float(line[-3]) for line in boxes}
+    assert weights == {"roi_scores": 2.0, "roi_deltas": 0.5}
     assert sum(line[:2] == ["teacher", "rpn"] for line in lines) == (2 if kind == "c4" else 10)
     # In eval mode it is the student, whose checkpoint it is.
     plain = build_model(student_config(cfg)).eval()
