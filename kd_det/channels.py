@@ -114,7 +114,7 @@ def _common_logits(student: TapShape, target: TapShape, reduction: str) -> Commo
             raise ValueError(_unknown(student, target))
         note = f"not known by name: the {student.channels} channels of both in the same order"
         return Common(nn.Identity(), nn.Identity(), target.channels, note=note)
-    mine, theirs, note = _common_classes(student, target)
+    mine, theirs, note = common_classes(student, target)
     names, notes, anchors = [], [], student.anchors
     if student.anchors != target.anchors:
         names.append(reduction)
@@ -137,8 +137,21 @@ def _module(shape: TapShape, classes: Sequence[int], anchors: int, reduction: st
     return CommonChannels(shape.anchors, classes, "" if shape.anchors == anchors else reduction)
 
 
-def _common_classes(student: TapShape, target: TapShape) -> tuple[list[int], list[int], str]:
-    """Positions of the common classes on both sides, each empty where all stay; and a note."""
+def common_classes(student: TapShape, target: TapShape) -> tuple[list[int], list[int], str]:
+    """
+    The classes that both sides have, by name.
+
+    Args:
+        student: with the names of its classes, and as many channels per anchor.
+        target: likewise.
+
+    Returns:
+        Their positions in the student and in the target, in the student's order, each empty where
+        all classes stay as they are; and a sentence, which may be empty.
+
+    Raises:
+        ValueError: if there are none, or the names are not known and the numbers differ.
+    """
     if not (student.names and target.names):
         if student.per_anchor != target.per_anchor:
             raise ValueError(_unknown(student, target))

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -252,7 +252,7 @@ def probe(
     Args:
         model: the detector; it is not run and not changed.
         taps: what to measure.
-        classes: what its classes are called; asked for taps of class logits only.
+        classes: what its classes are called; asked for taps of class logits and scores only.
 
     Returns:
         For each tap's name its levels in order.
@@ -276,7 +276,11 @@ def probe(
     canvas = torch.empty(1, 3, side, side, device="meta", dtype=first.dtype)
     with torch.no_grad(), Recorder(architecture, measured) as recorder:
         detector.run(canvas, measured)
-    shapes = {t.name: known[t.name][: len(t.levels)] for t in taps if t.name in known}
+    shapes = {
+        t.name: [_scored(x, classes) for x in known[t.name][: len(t.levels)]]
+        for t in taps
+        if t.name in known
+    }
     for tap in measured:
         maps = recorder.maps(tap)
         _check_layout(architecture, tap, maps)
@@ -310,6 +314,13 @@ def _check_layout(model: nn.Module, tap: Tap, maps: Maps) -> None:
                 "transformer cannot be tapped; its backbone brings its output into that shape. "
                 f"Presets of this {type(model).__name__}: {presets}."
             )
+
+
+def _scored(shape: TapShape, classes: ClassNames) -> TapShape:
+    """With the names of the classes that a box head scores, the background left out."""
+    if shape.kind != "roi_scores":
+        return shape
+    return replace(shape, names=tuple(classes("thing_classes", shape.channels - 1) or ()))
 
 
 def _anchors_and_names(tap: Tap, channels: int, classes: ClassNames) -> dict[str, Any]:

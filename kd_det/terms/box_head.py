@@ -3,11 +3,13 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd_det.channels import common_classes
 from kd_det.context import Context
 from kd_det.detectors import TapShape
 from kd_det.losses import bernoulli_kl, delta_gap, softmax_kl
@@ -42,6 +44,9 @@ class BoxHead(Term):
     plain box head are both trained on boxes of an RPN at one IoU threshold, later stages on better
     boxes at a higher one.
 
+    Other classes are matched by name, see `kd_det.channels.common_classes`: both softmaxes then run
+    over the common classes and the background.
+
     The soft labels are those of Chen et al. (NeurIPS 2017), with one weight for background and
     classes and the teacher's deltas as they are (theirs are bounded by the ground truth). That the
     teacher's head is run on the student's sampled proposals, and tau 1, is as in the public code of
@@ -56,9 +61,6 @@ class BoxHead(Term):
     Raises:
         ValueError: if ``tau`` is not positive and finite, or another value is negative.
     """
-
-    classes: tuple[Sequence[int], Sequence[int]] | None = None
-    """Numbers of the classes that both know, (the student's, the source's); ``None`` for all."""
 
     def __init__(
         self, *, tau: float = 1.0, delta_weight: float = 1.0, beta: float = 0.0, **common: Any
@@ -75,6 +77,8 @@ class BoxHead(Term):
         self.delta_weight = float(delta_weight)
         self.beta = float(beta)
         self.pairs: dict[str, list[Pair]] = {}
+        # Positions of the common classes, (the student's, the source's); None for all.
+        self.classes: tuple[Sequence[int], Sequence[int]] | None = None
 
     def student_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return (_SCORES, _DELTAS) if self.delta_weight else (_SCORES,)
@@ -85,13 +89,14 @@ class BoxHead(Term):
     def wire(  # noqa: D102  # as in the base
         self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
     ) -> list[PlanRow]:
-        rows = []
-        for tap in self.student_taps():
-            pairs = [Pair(s, t) for s, t in zip(student[tap], target[tap], strict=False)]
-            self.pairs[tap] = pairs
-            rows += [self._row(tap, pair) for pair in pairs]
+        self.pairs = {
+            tap: [Pair(s, t) for s, t in zip(student[tap], target[tap], strict=False)]
+            for tap in self.student_taps()
+        }
         for pair in self.pairs[_SCORES]:
-            self._check(pair)
+            _check_activation(pair)
+        note = self._match(self.pairs[_SCORES][0])
+        rows = [self._row(tap, pair, note) for tap, pairs in self.pairs.items() for pair in pairs]
         left = abs(len(student[_SCORES]) - len(target[_SCORES]))
         if left:
             logger.info(
@@ -102,7 +107,20 @@ class BoxHead(Term):
             )
         return rows
 
-    def _row(self, tap: str, pair: Pair) -> PlanRow:
+    def _match(self, pair: Pair) -> str:
+        """The common classes, which are those of every stage; a sentence about them."""
+        s, t = (
+            replace(x, channels=x.channels - 1, kind="classes") for x in (pair.student, pair.target)
+        )
+        try:
+            mine, theirs, note = common_classes(s, t)
+        except ValueError as e:
+            raise ValueError(f"{s.level}, beside the background: {e}") from None
+        if mine or theirs:
+            self.classes = mine or range(s.channels), theirs or range(t.channels)
+        return note
+
+    def _row(self, tap: str, pair: Pair, note: str) -> PlanRow:
         return PlanRow(
             tap=tap,
             level=pair.student.level,
@@ -116,23 +134,8 @@ class BoxHead(Term):
             parameters=0,
             value=_value(tap, pair),
             rows=pair.student.rows,
+            note=note,
         )
-
-    def _check(self, pair: Pair) -> None:
-        s, t = pair.student, pair.target
-        if s.activation != t.activation:
-            raise ValueError(
-                f"{s.level}: the student's scores go through a {s.activation} and those of "
-                f"the source through a {t.activation} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): they are no "
-                "distributions of one kind. Distil features (TYPE: CWD, TAP: features), or train "
-                "the student as the source was"
-            )
-        if self.classes is None and s.channels != t.channels:
-            raise ValueError(
-                f"{s.level}: the student scores {s.channels - 1} classes and the source "
-                f"{t.channels - 1}: both need the same ones here, or distil features (TYPE: CWD, "
-                "TAP: features) and the RPN (TYPE: RPN)"
-            )
 
     def forward(  # noqa: D102  # as in the base
         self,
@@ -174,6 +177,17 @@ class BoxHead(Term):
 
     def level_weight(self, level: str) -> float:  # noqa: D102  # as in the base
         return self.delta_weight if level.startswith("deltas") else 1.0
+
+
+def _check_activation(pair: Pair) -> None:
+    s, t = pair.student, pair.target
+    if s.activation != t.activation:
+        raise ValueError(
+            f"{s.level}: the student's scores go through a {s.activation}, those of the "
+            f"source through a {t.activation} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): they are no "
+            "distributions of one kind. Distil features (TYPE: CWD, TAP: features), or train "
+            "the student as the source was"
+        )
 
 
 def _value(tap: str, pair: Pair) -> str:

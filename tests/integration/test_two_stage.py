@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from kd_det import Distiller
 from kd_det.config import student_config
 from kd_det.paths import CONFIGS
 from kd_det.plan import plan_table
@@ -274,8 +275,24 @@ def test_what_does_not_fit_names_the_term(tmp_path: Path, change: dict, message:
 
 
 def test_other_classes_name_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Term 'box': stage0: the student scores 5 classes .* 3"):
+    message = r"Term 'box': stage0, beside the background: the student has 5 channels .* target 3"
+    with pytest.raises(ValueError, match=message):
         build_model(config(tmp_path, classes=5))
+
+
+def test_other_classes_are_matched_by_the_names_that_are_given(tmp_path: Path) -> None:
+    cfg = config(tmp_path, classes=3)
+    cfg.KD.SOURCES.TEACHER.CLASSES = ["c", "a", "x"]
+    model = build_model(cfg)
+    teacher = model.sources["teacher"]
+    found = Distiller(
+        student=model.student,
+        sources={"teacher": teacher},
+        terms={"box": BoxHead()},
+        classes=("a", "b", "c"),
+    )
+    assert found.wiring.terms["box"].classes == ([0, 2], [1, 0])
+    assert "a 0-1, c 2-0" in found.wiring.rows["box"][0].note
 
 
 def test_a_student_of_one_stage_has_no_box_head(tmp_path: Path) -> None:

@@ -23,12 +23,22 @@ def random(*shape, seed=0):
 # -- the box head ---------------------------------------------------------------------------------
 
 
-def shapes(classes=3, stages=1, agnostic=False, units=PLAIN, activation="softmax"):
+def shapes(classes=3, stages=1, agnostic=False, units=PLAIN, activation="softmax", called=""):
+    """``called``: a letter per class, its name."""
     names = STAGES[:stages]
+    classes = len(called) or classes
     columns = 4 if agnostic else 4 * classes
     return {
         "roi_scores": [
-            TapShape(n, classes + 1, 0, kind="roi_scores", activation=activation) for n in names
+            TapShape(
+                n,
+                classes + 1,
+                0,
+                kind="roi_scores",
+                activation=activation,
+                names=tuple(called),
+            )
+            for n in names
         ],
         "roi_deltas": [TapShape(n, columns, 0, kind="roi_deltas", units=units) for n in names],
     }
@@ -153,14 +163,26 @@ def test_a_smooth_start_is_asked_for():
     assert 0 < float(soft) < float(hard)
 
 
-def test_other_classes_are_an_error_or_a_list_of_common_ones():
-    ours, theirs = shapes(classes=3), shapes(classes=5)
-    with pytest.raises(ValueError, match=r"stage0: the student scores 3 classes and the source 5"):
-        BoxHead().wire(ours, theirs)
+def test_other_classes_without_names_are_an_error():
+    message = r"stage0, beside the background: the student has 3 channels and the target 5.*called"
+    with pytest.raises(ValueError, match=message):
+        BoxHead().wire(shapes(classes=3), shapes(classes=5))
+    with pytest.raises(ValueError, match=r"no class in common: the student's are a, b.* x, y"):
+        BoxHead().wire(shapes(called="ab"), shapes(called="xy"))
+
+
+def test_equal_classes_are_taken_as_they_are():
+    for called in ("", "abc"):
+        term = BoxHead()
+        rows = term.wire(shapes(called=called), shapes(called=called))
+        assert term.classes is None
+        assert bool(rows[0].note) is not bool(called)  # taken at its word where unnamed
+
+
+def test_other_classes_are_matched_by_name():
+    ours, theirs = shapes(called="aob"), shapes(called="xbyza")
     student, target = said(ours), said(theirs, seed=9)
-    term = BoxHead()
-    term.classes = ((0, 2), (4, 1))
-    found = values(term, ours, theirs, student, target)
+    found = values(BoxHead(), ours, theirs, student, target)
     two = shapes(classes=2)
     picked = [
         {
