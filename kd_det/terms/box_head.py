@@ -183,7 +183,7 @@ def _check_activation(pair: Pair) -> None:
     s, t = pair.student, pair.target
     if s.activation != t.activation:
         raise ValueError(
-            f"{s.level}: the student's scores go through a {s.activation}, those of the "
+            f"{s.level}: the student's scores go through a {s.activation} and those of the "
             f"source through a {t.activation} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): they are no "
             "distributions of one kind. Distil features (TYPE: CWD, TAP: features), or train "
             "the student as the source was"
