@@ -50,7 +50,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{T}.CONNECTOR {{TYPE:_Conv,_KERNL:_3}}",
         (CMD, f"no field {T}.CONNECTOR.KERNL", "mean 'KERNEL'?"),
     ),
-    "new term": ("KD.TERMS.NEW.TAP features", (CMD, "no KD.TERMS.NEW", "needs a TYPE: CWD")),
+    "new term": ("KD.TERMS.NEW.TAP features", (CMD, "no KD.TERMS.NEW", "needs a TYPE: ", "CWD")),
     "dataset's field": ("KD.DATASETS.toy.JSN x", (CMD, "KD.DATASETS.toy.JSN", "mean 'JSON'?")),
     "key outside of KD": (
         "MODEL.RETINANET.NUM_CLASES 3",
