@@ -1,14 +1,17 @@
 """What a term, a region or a source may see of a training step besides the maps."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from kd_det.detectors import Detector, describe
+from kd_det.detectors import Detector, describe, running_values
 from kd_det.taps import Maps
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Context:
         student: the student detector.
         student_maps: for every recorded tap of the student its maps, with gradients.
         progress: share of the run that is done, in [0, 1].
+        target_maps: for a region that asks for taps of the source, their maps; see `with_targets`.
     """
 
     inputs: list[dict[str, Any]]
@@ -30,6 +34,43 @@ class Context:
     student: nn.Module
     student_maps: dict[str, Maps] = field(default_factory=dict)
     progress: float = 0.0
+    target_maps: Mapping[str, Maps] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_targets(self, maps: Mapping[str, Maps]) -> "Context":
+        """The same step, beside the maps of one source."""
+        return replace(self, target_maps=maps)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """
+        What several levels or terms need in one step, made the first time it is asked for.
+
+        Args:
+            key: says what it is, and everything that it depends on beside the student and the
+                batch.
+            make: makes it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def positives(self) -> float:
+        """
+        The student's own normaliser of its losses: its running number of foreground anchors per
+        batch, of this process. A plain number; nothing waits.
+
+        Raises:
+            ValueError: if its meta-architecture keeps none.
+        """
+        found = running_values(self.student).get("loss_normalizer")
+        if found is None:
+            raise ValueError(
+                f"A term is normalised by the number of foreground anchors, which "
+                f"{type(self.student).__name__} does not keep (RetinaNet and FCOS do): set "
+                'NORMALIZER: "cells".'
+            )
+        return float(found)
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:

@@ -72,10 +72,10 @@ class LevelwiseTerm(Term):
         self.target_channels = nn.ModuleDict()
 
     def student_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
-        return (self.tap,)
+        return tuple(dict.fromkeys((self.tap, *self.region.student_taps())))
 
     def source_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
-        return (self.source_tap,)
+        return tuple(dict.fromkeys((self.source_tap, *self.region.source_taps())))
 
     def wire(  # noqa: D102  # as in the base
         self, student: Mapping[str, list[TapShape]], target: Mapping[str, list[TapShape]]
@@ -142,6 +142,8 @@ class LevelwiseTerm(Term):
     def aligned(  # noqa: D102  # as in the base
         self, student: Mapping[str, Maps], target: Mapping[str, Maps], context: Context
     ) -> Iterator[Aligned]:
+        if self.region.source_taps():
+            context = context.with_targets(target)
         for pair in self.pairs:
             level = pair.student.level
             s = self.connectors[level](student[self.tap][level])
@@ -183,7 +185,7 @@ class LevelwiseTerm(Term):
 def _describe(module: nn.Module) -> str:
     if isinstance(module, nn.Identity):
         return "-"
-    conv = module[0] if isinstance(module, nn.Sequential) else module
+    conv, *behind = module if isinstance(module, nn.Sequential) else [module]
     kernel = getattr(conv, "kernel_size", ("?",))[0]
-    relu = "+ReLU" if isinstance(module, nn.Sequential) else ""
-    return f"conv{kernel}x{kernel}{relu}"
+    names = ["BN" if isinstance(m, nn.BatchNorm2d) else type(m).__name__ for m in behind]
+    return "+".join([f"conv{kernel}x{kernel}", *names])

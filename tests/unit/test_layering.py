@@ -27,6 +27,7 @@ ORDER = [
     "classes",
     "detectors",
     "context",
+    "boxes",
     "regions",
     "pairing",
     "channels",
