@@ -1,0 +1,100 @@
+"""PI: pixel-wise distillation of class logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kd_det.context import Context
+from kd_det.losses import MODES, pixel_wise_kl
+from kd_det.registry import TERMS
+from kd_det.sources import Source
+from kd_det.taps import Maps
+from kd_det.terms.levelwise import LevelwiseTerm
+from kd_det.terms.normalizer import check_normalizer, divisor
+
+
+@TERMS.register()
+class PI(LevelwiseTerm):
+    """
+    Pixel-wise distillation of class logits: Hinton's KD at every cell (the PI of CWD's comparison,
+    from SKD, Liu et al., CVPR 2019, https://arxiv.org/abs/1903.04197); see
+    `kd_det.losses.pixel_wise_kl` for formula, normaliser and dtype.
+
+    Published for segmentation, where classes exclude each other. The class scores of a dense
+    detector are sigmoids, so a softmax over them is a mismatch: ``mode="sigmoid"`` compares each
+    anchor and class as the yes or no that it is.
+
+    Args:
+        tap: class logits.
+        mode: ``"softmax"`` over classes (published) or ``"sigmoid"``.
+        tau: temperature; 1 in SKD's code, 8 in LD's RetinaNet config (softmax).
+        num_classes: softmax only: classes per anchor; 0 takes all channels for classes of one.
+        cross_entropy: whether the value keeps the teacher's entropy, as in SKD's code.
+        normalizer: ``"cells"`` (published) or ``"positives"``, see `kd_det.terms.normalizer`.
+        levelwise: source_tap, levels, level_weights, connector, region, and source, weight,
+            schedule: see `LevelwiseTerm`.
+
+    Raises:
+        ValueError: if ``tau`` is not a positive finite number, or a value is unknown; in a step, if
+            the channels are no multiple of ``num_classes`` or the student keeps no positives.
+    """
+
+    saves_target = False  # only its probabilities
+
+    def __init__(
+        self,
+        *,
+        tap: str = "cls_logits",
+        mode: str = "softmax",
+        tau: float = 1.0,
+        num_classes: int = 0,
+        cross_entropy: bool = False,
+        normalizer: str = "cells",
+        **levelwise: Any,
+    ) -> None:
+        super().__init__(tap=tap, **levelwise)
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"PI needs a finite temperature tau > 0, but got {tau}.")
+        if mode not in MODES:
+            raise ValueError(f"PI's mode is one of {', '.join(MODES)}, but got '{mode}'.")
+        if num_classes < 0:
+            raise ValueError(f"PI needs num_classes >= 0, but got {num_classes}.")
+        check_normalizer("PI", normalizer)
+        self.mode = mode
+        self.tau = float(tau)
+        self.num_classes = num_classes
+        self.cross_entropy = cross_entropy
+        self.normalizer = normalizer
+
+    def forward(  # noqa: D102  # as in the base
+        self,
+        student: Mapping[str, Maps],
+        target: Mapping[str, Maps],
+        context: Context,
+        source: Source,
+    ) -> dict[str, Tensor]:
+        number = divisor(self.normalizer, context)
+        return {
+            level: self.compare(s, t, region, number)
+            for level, s, t, region in self.aligned(student, target, context)
+        }
+
+    def compare(
+        self,
+        student: Tensor,
+        target: Tensor,
+        region: Tensor | None,
+        normalizer: float | None = None,
+    ) -> Tensor:
+        """Pixel-wise KL of one level, see `LevelwiseTerm.compare`; ``None`` takes the mean."""
+        return pixel_wise_kl(
+            student,
+            target,
+            mode=self.mode,
+            tau=self.tau,
+            classes=self.num_classes,
+            cross_entropy=self.cross_entropy,
+            region=region,
+            normalizer=normalizer,
+        )
