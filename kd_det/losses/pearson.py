@@ -55,7 +55,7 @@ def _bessel(x: Tensor, w: Tensor | None) -> float | Tensor:
     if w is None:
         n = x[:, 0].numel()
         return n / max(n - 1, 1)
-    inside = (w > 0).sum()
+    inside = (w > 0).sum().to(x.dtype)
     return inside / (inside - 1).clamp_min(1)
 
 

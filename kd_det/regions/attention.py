@@ -17,8 +17,8 @@ class Attention(Region):
         w_i = ( A(s)_i + A(t)_i ) / 2
         A(F)_i = M * softmax over the M cells of the image of  (1/C) sum_c |F_ci| / tau
 
-    An image's weights sum to M, its number of cells. Padded cells count 0 and are in no softmax. A constant:
-    no gradient flows through it.
+    An image's weights sum to M, its number of cells. Padded cells count 0 and are in no softmax.
+    A constant: no gradient flows through it.
 
     The student's map is the one after its connector (the public code takes the one before it).
 
