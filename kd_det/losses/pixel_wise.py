@@ -53,7 +53,7 @@ def pixel_wise_kl(
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, but got '{mode}'.")
-    s, t = wide(student) / tau, wide(teacher.detach()) / tau
+    s, t = wide(student) / tau, wide(teacher) / tau
     if mode == "sigmoid":
         cells = _bernoulli(s, t, cross_entropy)
     else:

@@ -20,7 +20,7 @@ SIZES = ((128, 160), (97, 192), (64, 64))
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 BOXES = [
     # On a cell's border, across cells, smaller than a cell, beyond the border of the image.
-    [[16.0, 8.0, 64.0, 40.0], [70.0, 50.0, 121.0, 97.0], [33.0, 33.0, 36.0, 35.0]],
+    [[16.0, 8, 64, 40], [70.0, 50, 121, 97], [33.0, 33, 36, 35], [140.0, 40, 160, 70]],
     [[-5.0, 20.0, 191.9, 96.5]],
     [],
 ]
@@ -100,7 +100,7 @@ def anchors_by_cell(context):
 
 
 @pytest.mark.parametrize("every_level", [True, False])
-@pytest.mark.parametrize("psi", [0.5, 0.8])
+@pytest.mark.parametrize("psi", [0.1, 0.5, 0.8])
 def test_anchor_overlap(context, psi, every_level):
     cells = anchors_by_cell(context)
     marked = {level: set() for level in STRIDES}

@@ -1,0 +1,371 @@
+"""
+A test of the tests of the published methods: classical mistakes, put into the code one by one, must
+make the test that stands beside them fail. See `tests.unit.test_mutants`.
+"""
+
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+
+from kd_det.losses import pixel_wise_kl
+from kd_det.registry import REGIONS, TERMS
+from tests.parity import test_methods_parity as parity
+from tests.parity import test_regions_parity as by_loops
+from tests.unit import test_method_losses as properties
+from tests.unit import test_method_terms as methods
+from tests.unit import test_mutants
+from tests.unit import test_region_kinds as kinds
+
+
+def mutate(monkeypatch, path, old, new):
+    """Put the code of a mutant into the real functions and methods, wherever they are held."""
+    for registry in (TERMS, REGIONS):  # a second class of one name would be refused
+        monkeypatch.setattr(registry, "register", lambda: lambda cls: cls)
+    changed = vars(test_mutants.mutant(path, old, new))
+    name = "kd_det." + path.removesuffix(".py").replace("/", ".")
+    for key, thing in vars(sys.modules[name]).items():
+        if getattr(thing, "__module__", "") != name:
+            continue
+        pairs = [(thing, changed[key])]
+        if isinstance(thing, type):
+            pairs = [(f, vars(changed[key])[k]) for k, f in vars(thing).items()]
+        for real, mutated in pairs:
+            real, mutated = inspect.unwrap(real), inspect.unwrap(mutated)  # of torch.no_grad()
+            if isinstance(real, types.FunctionType):
+                for part in ("__code__", "__defaults__", "__kwdefaults__"):
+                    monkeypatch.setattr(real, part, getattr(mutated, part))
+
+
+@pytest.fixture(scope="module")
+def student():
+    return methods.student.__wrapped__()
+
+
+def in_a_step(check, *args):
+    """A test of terms, with the context that pytest would give it."""
+    return lambda student: check(methods.context.__wrapped__(student), *args)
+
+
+def on_boxes(check, *args):
+    """A test of regions against loops."""
+    return lambda student: check(
+        by_loops.context.__wrapped__(by_loops.student.__wrapped__()), *args
+    )
+
+
+def of_kind(check, *args):
+    return lambda student: check(kinds.student.__wrapped__(), *args)
+
+
+def plain(check, *args):
+    return lambda student: check(*args)
+
+
+GOLDEN_AT = plain(properties.test_golden_attention_transfer)
+GOLDEN_PI = plain(properties.test_golden_pixel_wise)
+TEACHER_IS_CONSTANT = properties.test_the_teacher_and_the_region_are_constants
+
+MUTANTS = {
+    # -- AT
+    "AT: no norm": (
+        "losses/attention_transfer.py", "return x / norm.clamp_min(_SMALLEST)", "return x",
+        GOLDEN_AT,
+    ),
+    "AT: sum of absolutes for the norm": (
+        "losses/attention_transfer.py", "vector_norm(share,", "vector_norm(share, 1,", GOLDEN_AT,
+    ),
+    "AT: summed cells": (
+        "losses/attention_transfer.py", 'over_cells == "mean":', 'over_cells == "sum":', GOLDEN_AT,
+    ),
+    "AT: sign instead of energy": (
+        "losses/attention_transfer.py", "x.square() if p == 2 else x.abs().pow(p)", "x",
+        plain(properties.test_attention_minds_neither_scale_nor_sign),
+    ),
+    "AT: padding in the norm": (
+        "losses/attention_transfer.py", "x if weights is None else x * weights", "x; weights",
+        plain(parity.test_attention_transfer, (2, 4, 3, 4), 2, 2.0, "mean"),
+    ),
+    "AT: the teacher learns": (
+        "losses/attention_transfer.py", "with torch.no_grad():", "if True:",
+        plain(TEACHER_IS_CONSTANT, "AT"),
+    ),
+    "AT: the student is detached": (
+        "losses/attention_transfer.py", "energy(student, p)", "energy(student.detach(), p)",
+        plain(properties.test_gradcheck, "AT"),
+    ),
+    "AT: the power is lost": (
+        "terms/at.py", "yield level, energy(s, self.p)", "yield level, energy(s)",
+        in_a_step(methods.test_attention_transfer_takes_other_channels_as_they_are),
+    ),
+    # -- PI
+    "PI: no tau^2": (
+        "losses/pixel_wise.py", "cells = tau**2 * cells", "cells = cells * 1",
+        plain(properties.test_pixel_wise_gradient_closed_form),
+    ),
+    "PI: sides swapped": (
+        "losses/pixel_wise.py",
+        "s, t = wide(student) / tau, wide(teacher) / tau",
+        "t, s = wide(student) / tau, wide(teacher) / tau",
+        plain(properties.test_the_divergence_is_teacher_to_student),
+    ),
+    "PI: mean over classes": (
+        "losses/pixel_wise.py", "(p * gap).sum(2)", "(p * gap).mean(2)", GOLDEN_PI,
+    ),
+    "PI: softmax over anchors": (
+        "losses/pixel_wise.py", "log_q = F.log_softmax(s, dim=2)",
+        "log_q = F.log_softmax(s, dim=1)", GOLDEN_PI,
+    ),
+    "PI: the entropy stays": (
+        "losses/pixel_wise.py", "return cells - entropy", "return cells",
+        plain(properties.test_zero_and_flat_where_both_agree, "PI sigmoid"),
+    ),
+    "PI: cross-entropy without its entropy": (
+        "losses/pixel_wise.py", "gap = -log_q if cross_entropy else log_p - log_q",
+        "gap = log_p - log_q", GOLDEN_PI,
+    ),
+    "PI: the teacher learns": (
+        "losses/pixel_wise.py", "with torch.no_grad():\n        log_p", "if True:\n        log_p",
+        plain(TEACHER_IS_CONSTANT, "PI"),
+    ),
+    "PI: the normaliser is ignored": (
+        "losses/pixel_wise.py", "if normalizer is None:", "if True:",
+        plain(properties.test_a_normalizer_divides_the_sum_over_the_batch, pixel_wise_kl),
+    ),
+    "PI: positives are cells": (
+        "terms/normalizer.py", 'context.positives if normalizer == "positives" else None', "None",
+        in_a_step(methods.test_pixel_wise_options_reach_the_loss),
+    ),
+    # -- imitation: FitNet, FGFI
+    "imitation: no half": (
+        "losses/imitation.py", "mean_over_cells(per_cell, region) / 2",
+        "mean_over_cells(per_cell, region)",
+        plain(properties.test_imitation_of_a_constant_difference),
+    ),
+    "imitation: absolute difference": (
+        "losses/imitation.py", ".square()", ".abs()",
+        plain(properties.test_imitation_of_a_constant_difference),
+    ),
+    "imitation: divided by all cells": (
+        "losses/reduce.py", "return (w * x).sum() / _or_one(w.sum())", "return (w * x).mean()",
+        plain(properties.test_imitation_of_a_constant_difference),
+    ),
+    "imitation: an empty region divides by zero": (
+        "losses/reduce.py", "return torch.where(total > 0, total, 1.0)", "return total",
+        plain(properties.test_an_empty_region_is_exactly_zero_and_attached, "imitation",
+              torch.float32),
+    ),
+    "FGFI: mean over channels": (
+        "terms/fgfi.py", ', over_channels="sum"', "",
+        in_a_step(methods.test_fine_grained_imitation_is_its_region_times_the_channels),
+    ),
+    "FGFI: the region is dropped": (
+        "terms/fgfi.py", "region=region, over", "over",
+        in_a_step(methods.test_fine_grained_imitation_is_its_region_times_the_channels),
+    ),
+    "FGFI: from the first iteration": (
+        "terms/fgfi.py", "Constant(start_iter=400)", "Constant()",
+        plain(methods.test_what_is_published_is_the_default),
+    ),
+    "FitNet: the region is dropped": (
+        "terms/fitnet.py", ", region=region)", ")",
+        in_a_step(methods.test_where_features_are_imitated_is_the_regions_business),
+    ),
+    # -- Channel Distillation
+    "channel mean: squared before the mean": (
+        "losses/channel_mean.py", "gap.mean((2, 3)).square()", "gap.square().mean((2, 3))",
+        plain(properties.test_golden_channel_distillation),
+    ),
+    "channel mean: mean over channels first": (
+        "losses/channel_mean.py", "gap.mean((2, 3)).square()", "gap.mean((1, 2, 3)).square()",
+        plain(properties.test_golden_channel_distillation),
+    ),
+    "channel mean: divided by all cells": (
+        "losses/channel_mean.py", "total = w.sum((2, 3))", "total = (w + 1).sum((2, 3))",
+        plain(properties.test_region_zero_equals_the_cropped_map, "channel mean"),
+    ),
+    # -- PKD
+    "PKD: biased variance": (
+        "losses/pearson.py", "return n / max(n - 1, 1)", "return 1.0",
+        plain(properties.test_golden_pkd),
+    ),
+    "PKD: statistics of an image": (
+        "losses/pearson.py", "return x.mean((0, 2, 3), keepdim=True)",
+        "return x.mean((2, 3), keepdim=True)",
+        plain(properties.test_golden_pkd),
+    ),
+    "PKD: no half": (
+        "losses/pearson.py", "_mean(per_cell, w).mean() / 2", "_mean(per_cell, w).mean()",
+        plain(properties.test_golden_pkd),
+    ),
+    "PKD: eps inside of the root": (
+        "losses/pearson.py", "var.clamp_min(_SMALLEST).sqrt() + eps", "(var + eps).sqrt()",
+        plain(properties.test_golden_pkd),
+    ),
+    "PKD: a root without a slope": (
+        "losses/pearson.py", "var.clamp_min(_SMALLEST)", "var",
+        plain(properties.test_extremes_stay_finite, "PKD", "zero"),
+    ),
+    "PKD: centred once": (
+        "losses/pearson.py", "centred = centred - _mean(centred, w)", "pass",
+        plain(properties.test_pearson_of_a_constant_channel_is_zero_even_if_it_is_large),
+    ),
+    "PKD: padding in the statistics": (
+        "losses/pearson.py", "_mean(centred.square(), w)", "_mean(centred.square(), None)",
+        plain(properties.test_region_zero_equals_the_cropped_map, "PKD"),
+    ),
+    # -- FKD
+    "FKD: mean instead of total": (
+        "losses/root.py", "squares.sum()", "squares.mean()", plain(properties.test_golden_fkd),
+    ),
+    "FKD: no root": (
+        "losses/root.py", "return root(squares.sum(), eps=eps)", "return squares.sum()",
+        plain(properties.test_golden_fkd),
+    ),
+    "FKD: infinite slope at 0": (
+        "losses/root.py", "torch.where(total < eps, total / eps**0.5, total.clamp_min(eps).sqrt())",
+        "total.sqrt()", plain(properties.test_the_root_has_a_slope_at_zero),
+    ),
+    "FKD: connected means": (
+        "terms/fkd.py", "own, t = on_one_grid(student[self.tap][level], t, pair)", "own = s[:, :4]",
+        in_a_step(methods.test_fkd_is_its_four_parts),
+    ),
+    "FKD: one weight for another": (
+        "terms/fkd.py", "value + self.spatial_weight *", "value + self.non_local_weight *",
+        in_a_step(methods.test_fkd_is_its_four_parts),
+    ),
+    "FKD: padding in the pooled channels": (
+        "terms/fkd.py", "(x * real).sum((2, 3)) / inside", "x.mean((2, 3))",
+        in_a_step(methods.test_fkd_is_its_four_parts),
+    ),
+    "FKD: the teacher's side is detached": (
+        "terms/fkd.py", "self.target_blocks[level](t, real)",
+        "self.target_blocks[level](t, real).detach()",
+        in_a_step(methods.test_fkd_trains_a_module_on_the_teachers_side_and_nothing_is_idle),
+    ),
+    "FKD: gathered from the padding": (
+        "terms/non_local.py", "(self.g(x) * real)", "self.g(x)",
+        plain(parity.test_non_local_block, True),
+    ),
+    "FKD: sum instead of mean over cells": (
+        "terms/non_local.py", "keys.transpose(1, 2)) / number", "keys.transpose(1, 2))",
+        plain(parity.test_non_local_block, False),
+    ),
+    "FKD: keys and values swapped": (
+        "terms/non_local.py", "torch.bmm(values, keys.transpose(1, 2))",
+        "torch.bmm(keys, values.transpose(1, 2))", plain(parity.test_non_local_block, False),
+    ),
+    # -- class scores and boxes
+    "BCE: the weight is forgotten": (
+        "losses/weighted_bce.py", "if beta:", "if False:",
+        plain(properties.test_golden_weighted_bce),
+    ),
+    "BCE: sides swapped": (
+        "losses/weighted_bce.py", "p = torch.sigmoid(wide(teacher))",
+        "p = torch.sigmoid(s)\n        s = wide(teacher) + 0 * s",
+        plain(properties.test_golden_weighted_bce),
+    ),
+    "BCE: no gradient through the weight": (
+        "losses/weighted_bce.py", "(torch.sigmoid(s) - p)", "(torch.sigmoid(s.detach()) - p)",
+        plain(properties.test_gradcheck, "BCE"),
+    ),
+    "GIoU: without the hull": (
+        "losses/generalized_iou.py", " - (hull - union) / hull.clamp_min(_SMALLEST)", "",
+        plain(parity.test_generalized_iou),
+    ),
+    "GIoU: the union counts the common twice": (
+        "losses/generalized_iou.py", "(by1 - by0) - common", "(by1 - by0)",
+        plain(properties.test_generalized_iou_of_known_boxes),
+    ),
+    "boxes: the overlap instead of what lacks": (
+        "terms/logit_box.py", "level: 1 - generalized_iou", "level: generalized_iou",
+        in_a_step(methods.test_boxes_pull_at_the_students_deltas_alone),
+    ),
+    "boxes: the teacher learns": (
+        "terms/logit_box.py", "with torch.no_grad():\n            other",
+        "if True:\n            other",
+        in_a_step(methods.test_boxes_pull_at_the_students_deltas_alone),
+    ),
+    "boxes: one score for the other": (
+        "terms/logit_box.py", 'self.box_score == "teacher"', 'self.box_score == "gap"',
+        in_a_step(methods.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
+    ),
+    "boxes: classes as anchors": (
+        "terms/logit_box.py", ".unflatten(1, (like.shape[1], -1)).amax(2)",
+        ".unflatten(1, (-1, like.shape[1])).amax(1)",
+        in_a_step(methods.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
+    ),
+    "boxes: another level's": (
+        "terms/logit_box.py", "distances[level]  # (N", "distances['p3']  # (N",
+        in_a_step(methods.test_a_level_left_out_is_left_out_of_the_boxes_too),
+    ),
+    "boxes: coordinates of anchors mixed up": (
+        "boxes.py", "unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)",
+        "unflatten(1, (4, -1)).permute(0, 3, 4, 2, 1)", on_boxes(by_loops.test_decoded_boxes),
+    ),
+    # -- regions
+    "boxes by the size of the image": (
+        "regions/boxes.py", "torch.arange(grid[0], device=boxes.device) * stride",
+        "torch.arange(grid[0], device=boxes.device) * 50 / grid[0]",
+        of_kind(kinds.test_boxes_are_placed_by_the_stride_and_not_by_the_image),
+    ),
+    "inclusive borders": (
+        "regions/boxes.py", "(y0 < y + stride) & (y < y1)", "(y0 < y + stride) & (y <= y1)",
+        on_boxes(by_loops.test_ground_truth_boxes, "p3", False),
+    ),
+    "rows and columns swapped": (
+        "regions/boxes.py", "x0, y0, x1, y1 = boxes", "y0, x0, y1, x1 = boxes",
+        on_boxes(by_loops.test_ground_truth_boxes, "p3", False),
+    ),
+    "the largest box decides": (
+        "regions/gt_box.py", "torch.where(inside, share, 0.0).amax(1, keepdim=True)",
+        "(torch.where(inside, share, 2.0).amin(1, keepdim=True) % 2)",
+        of_kind(kinds.test_every_box_weighs_the_same_per_area),
+    ),
+    "best anchor of the level": (
+        "regions/anchor_iou.py", "best.amax(1, keepdim=True)", "best[:, :1]",
+        on_boxes(by_loops.test_anchor_overlap, 0.5, True),
+    ),
+    "anchors of the padding": (
+        "regions/anchor_iou.py", "pairwise_iou(Boxes(boxes), anchors) * mine",
+        "pairwise_iou(Boxes(boxes), anchors)", on_boxes(by_loops.test_anchor_overlap, 0.1, True),
+    ),
+    "every level where one was asked for": (
+        "regions/anchor_iou.py", "if not self.every_level:", "if False:",
+        on_boxes(by_loops.test_anchor_overlap, 0.5, False),
+    ),
+    "scores of the padding": (
+        "regions/teacher_score.py", "score if cells is None else score * cells", "score",
+        on_boxes(by_loops.test_teacher_score, "p3"),
+    ),
+    "scores of another level": (
+        "regions/teacher_score.py", "min(covering, key", "max(covering, key",
+        on_boxes(by_loops.test_teacher_score, "p4"),
+    ),
+    "attention of one side": (
+        "regions/attention.py", "+ self._attention(target, cells)) / 2",
+        "+ self._attention(student, cells)) / 2", on_boxes(by_loops.test_attention, "p3", 0.5),
+    ),
+    "attention sums to 1": (
+        "regions/attention.py", "* cells * inside", "* cells",
+        on_boxes(by_loops.test_attention, "p3", 0.5),
+    ),
+    "proposals weigh by their size": (
+        "regions/top_boxes.py", "counts(rows, columns, 1 / areas(rows, columns))",
+        "counts(rows, columns)", of_kind(kinds.test_every_proposal_weighs_the_same),
+    ),
+    "the worst proposals": (
+        "regions/top_boxes.py", "every.topk(", "(-every).topk(", on_boxes(by_loops.test_top_boxes),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_fails_its_test(monkeypatch, student, name):
+    path, old, new, check = MUTANTS[name]
+    check(student)  # passes on the code as it is
+    mutate(monkeypatch, path, old, new)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        check(student)
