@@ -77,7 +77,7 @@ def test_published_parts_have_their_arguments_as_fields() -> None:
     assert {"TAU", "CHANNEL_WEIGHT", "TAP", "LEVELS", "WEIGHT", "SOURCE"} <= set(fields_of(CWD))
     assert {"CONFIG_FILE", "WEIGHTS"} == {k for k, f in fields_of(Teacher).items() if f.is_path}
     assert "MODEL" not in fields_of(Teacher)
-    assert set(fields_of(Conv)) == {"KERNEL", "RELU"}
+    assert set(fields_of(Conv)) == {"KERNEL", "NORM", "RELU"}
     assert set(fields_of(Warmup)) == {"WARMUP_ITERS", "START_ITER", "STOP_ITER", "EVERY"}
     assert fields_of(Auto) == {}
     assert set(fields_of(Schedule)) == {"START_ITER", "STOP_ITER", "EVERY"}
