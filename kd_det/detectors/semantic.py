@@ -31,13 +31,13 @@ def class_map(head: nn.Module) -> dict[str, Tap]:
     return {tap.name: tap}
 
 
-def run_head(head: nn.Module, maps: dict[str, Tensor]) -> Any:
+def run_head(head: Any, maps: dict[str, Tensor]) -> Any:
     """
     A head in eval mode, without losses: `SemSegFPNHead` up to its class map, any other one whole,
     with its enlargement to the size of the image.
     """
     if type(head).forward is SemSegFPNHead.forward:
-        return head.layers(maps)  # type: ignore[operator]
+        return head.layers(maps)
     return head(maps, None)
 
 

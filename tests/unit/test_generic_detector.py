@@ -164,7 +164,7 @@ def test_a_registered_description_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_no_module_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"an nn\.Module, but got a function"):
-        describe(net)  # type: ignore[arg-type]
+        describe(net)  # type: ignore[arg-type]  # which is what is refused
 
 
 def test_the_taps_of_a_network_without_presets_are_listed() -> None:

@@ -93,7 +93,10 @@ def test_gradcheck(name):
     region = torch.rand(2, 1, 2, 3, dtype=torch.float64)
     region[0, 0, 0] = 0
     for kwargs in ({}, {"region": region}):
-        loss = lambda x, kw=kwargs: LOSSES[name](x, teacher, **kw)  # noqa: E731
+
+        def loss(x, kwargs=kwargs):
+            return LOSSES[name](x, teacher, **kwargs)
+
         assert torch.autograd.gradcheck(loss, student.clone().requires_grad_())
 
 
