@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as everything
-from benchmarks import NAMES, command, loss, scaling, step, teacher, time_to_accuracy
+from benchmarks import NAMES, command, loss, models, scaling, step, teacher, time_to_accuracy
 from benchmarks.command import Options
 from benchmarks.memory import measure_memory
 from benchmarks.report import DOCS, Report, Table, write_docs
@@ -127,6 +127,14 @@ def test_the_teacher(options):
     folded = found["+ BatchNorm folded"]["plain"]
     assert all(0 < x < 1e-4 for x in folded.values())
     assert not any("half" in name for name in found)  # other maps
+
+
+def test_inference_mode_is_where_the_row_says_so():
+    model = models.build_random(models.read_config("quickstart/teacher.yaml", CPU)).eval()
+    inputs = models.make_batch(1, 64, 64, classes=2)
+    for name, inference in (("+ channels_last", False), ("+ inference mode (the default)", True)):
+        run = teacher._teacher(model, teacher.MEANS[name], teacher.FEATURES, inputs)
+        assert run()["features"]["p3"].is_inference() is inference
 
 
 def test_the_step(options):
