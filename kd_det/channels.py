@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.classes import listed, match_names
 from kd_det.detectors import TapShape
+from kd_det.pairing import unit_ratio
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda x: x.amax(1, keepdim=True),
@@ -193,12 +194,23 @@ def _check_kinds(student: TapShape, target: TapShape) -> None:
 def _check_same(student: TapShape, target: TapShape) -> None:
     known = student.names and target.names
     if student.channels == target.channels and (not known or student.names == target.names):
-        return
+        if set(unit_ratio(student, target)) == {1.0}:
+            return
+        raise ValueError(
+            f"deltas are in other units: the student's box transform has the weights "
+            f"{_numbers(student.units)}, the target's {_numbers(target.units)}. Teacher and "
+            "student need the same ones here (BBOX_REG_WEIGHTS), or distil class logits or "
+            "features (TAP: features)"
+        )
     raise ValueError(
         f"{_meaning(student, target)}. They are relative to anchors, so no connector can translate "
         "them: teacher and student need the same anchors per cell and the same box transform here, "
         "or distil class logits or features (TAP: features)"
     )
+
+
+def _numbers(units: Sequence[float]) -> str:
+    return ", ".join(f"{x:g}" for x in units)
 
 
 def _unknown(student: TapShape, target: TapShape) -> str:

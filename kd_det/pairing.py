@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -98,6 +99,14 @@ def unit_ratio(student: TapShape, target: TapShape) -> tuple[float, ...]:
     if not (student.units and target.units):
         return (1.0, 1.0, 1.0, 1.0)
     return tuple(s / t for s, t in zip(student.units, target.units, strict=True))
+
+
+def in_units(deltas: Tensor, ratio: Sequence[float]) -> Tensor:
+    """``(N, A * 4, H, W)`` deltas times the factors of `unit_ratio`, in float32 at least."""
+    if set(ratio) == {1.0}:
+        return deltas
+    wide = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+    return wide * wide.new_tensor(ratio).repeat(deltas.shape[1] // len(ratio))[:, None, None]
 
 
 def _list(shapes: Sequence[TapShape]) -> str:

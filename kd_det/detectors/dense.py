@@ -75,11 +75,22 @@ class DenseDetector(Detector):
         presets = backbone_presets(self.model.backbone, levels)
         branches = head_branches(self.model.head)
         count = self.num_classes or 0
-        box = coordinates(getattr(self.model, "box2box_transform", None))
+        transform = getattr(self.model, "box2box_transform", None)
+        box = coordinates(transform)
+        units = tuple(getattr(transform, "weights", ()))
         # What a logit means does not depend on what made its level: no origins.
         for tap in (
             Tap("cls_logits", "head", 0, levels, "logits", per_anchor=count, names="thing_classes"),
-            Tap("box_deltas", "head", 1, levels, "deltas", per_anchor=len(box), names=box),
+            Tap(
+                "box_deltas",
+                "head",
+                1,
+                levels,
+                "deltas",
+                per_anchor=len(box),
+                names=box,
+                units=units,
+            ),
         ):
             if tap.name in branches:  # called once per level, and without the other branch
                 tap = replace(tap, path=f"head.{branches[tap.name][1]}", key=None)

@@ -10,7 +10,7 @@ from kd_det.boxes import decode
 from kd_det.context import Context
 from kd_det.detectors import TapShape
 from kd_det.losses import generalized_iou, mean_over_images, sum_over_cells, weighted_bce
-from kd_det.pairing import on_one_grid
+from kd_det.pairing import in_units, on_one_grid, unit_ratio
 from kd_det.registry import TERMS
 from kd_det.sources import Source
 from kd_det.taps import Maps
@@ -37,8 +37,10 @@ class LogitBoxKD(LevelwiseTerm):
     (CrossKD itself runs the student's features through the teacher's head, which this term does
     not.)
 
-    Boxes are decoded with the student's anchors and coding on both sides, which must be the same
-    (the number of anchors per cell is checked); deltas are decoded in float32.
+    Boxes are decoded with the student's anchors and coding on both sides. The anchors must be the
+    same (their number per cell is checked), and so must what the deltas mean (offsets from anchors
+    are no distances to sides); where the weights of the two box transforms differ, the teacher's
+    deltas are brought into the student's units. Deltas are decoded in float32.
 
     Args:
         tap: class logits.
@@ -51,8 +53,8 @@ class LogitBoxKD(LevelwiseTerm):
             schedule: see `LevelwiseTerm`.
 
     Raises:
-        ValueError: if a value is out of its range; when wired, if the anchors of a level differ;
-            in a step, if the student keeps no positives or has no anchors.
+        ValueError: if a value is out of its range; when wired, if the anchors or the
+            coding of a level differ; in a step, if the student keeps no positives or has no anchors.
     """
 
     saves_target = False  # only its scores and boxes
@@ -83,6 +85,7 @@ class LogitBoxKD(LevelwiseTerm):
         self.box_weight = float(box_weight)
         self.box_score = box_score
         self.normalizer = normalizer
+        self.ratios: dict[str, tuple[float, ...]] = {}
 
     def student_taps(self) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return (*super().student_taps(), *[self.box_tap] * bool(self.box_weight))
@@ -115,6 +118,13 @@ class LogitBoxKD(LevelwiseTerm):
                     f"{t.stride}; boxes can be compared where both have 4 per anchor, for the same "
                     "anchors. Set BOX_WEIGHT: 0 for the class scores alone"
                 )
+            if s.names and t.names and s.names != t.names:
+                raise ValueError(
+                    f"level {s.level} of tap '{self.box_tap}': the student's boxes are coded as "
+                    f"{', '.join(s.names)} and the target's as {', '.join(t.names)}, and both are "
+                    "decoded alike. Set BOX_WEIGHT: 0 for the class scores alone"
+                )
+            self.ratios[s.level] = unit_ratio(s, t)
 
     def forward(  # noqa: D102  # as in the base
         self,
@@ -153,15 +163,16 @@ class LogitBoxKD(LevelwiseTerm):
         theirs = {level: x.detach() for level, x in ours.items()}
         for pair in self.pairs:
             level = pair.student.level
-            ours[level], theirs[level] = on_one_grid(
+            ours[level], other = on_one_grid(
                 ours[level], target[self.box_tap][pair.target.level], pair
             )
+            theirs[level] = in_units(other, self.ratios[level])
         mine = decode(context, list(ours.values()))
         with torch.no_grad():
-            other = decode(context, list(theirs.values()))
+            given = decode(context, list(theirs.values()))
         return {
             level: 1 - generalized_iou(a, b, dim=2)
-            for level, a, b in zip(ours, mine, other, strict=True)
+            for level, a, b in zip(ours, mine, given, strict=True)
         }
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Class logits across class sets and anchors per cell: which channels of two maps mean the same."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,11 @@ def test_the_module_moves_and_saves_nothing():
             r"coordinates \(dx, dy, dw, dh\) and .*\(left, top, right, bottom\).*box transform",
         ),
         (shape("abcd"), shape(BOX, 1, kind="deltas"), "TAP and SOURCE_TAP of one kind"),
+        (
+            replace(shape(BOX, 9, kind="deltas"), units=(1.0, 1.0, 1.0, 1.0)),
+            replace(shape(BOX, 9, kind="deltas"), units=(10.0, 10.0, 5.0, 5.0)),
+            r"other units: .* weights 1, 1, 1, 1, the target's 10, 10, 5, 5\. .*BBOX_REG_WEIGHTS",
+        ),
         (shape("abc"), shape(channels=8, kind="feature"), "8 features, which no connector"),
     ],
 )

@@ -14,13 +14,13 @@ from kd_det import losses, terms
 from kd_det.boxes import decode
 from kd_det.connectors import Auto, BatchNorm, Conv, Unbridged
 from kd_det.context import Context
-from kd_det.detectors import TapShape
+from kd_det.detectors import TapShape, describe, probe
 from kd_det.fields import fields_of
 from kd_det.regions import AnchorIoU, Attention, GTBox, Ones, Padding, TeacherScore, TopBoxes
 from kd_det.registry import TERMS
 from kd_det.schedules import Constant
 from kd_det.terms import AT, FGFI, FKD, PI, PKD, ChannelDistillation, FitNet, LogitBoxKD
-from tests.toys import toy_cfg
+from tests.toys import toy_cfg, toy_fcos
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 SIZES = ((64, 96), (50, 70))
@@ -361,6 +361,40 @@ def test_other_anchors_are_an_error_that_says_what_to_do(change, message):
     with pytest.raises(ValueError, match=message):
         LogitBoxKD().wire(student, target)
     LogitBoxKD(box_weight=0.0).wire(student, target)
+
+
+def test_boxes_of_another_coding_are_an_error_though_as_many():
+    student, target = (
+        probe(model, [describe(model).tap(tap) for tap in ("cls_logits", "box_deltas")])
+        for model in (build_model(toy_cfg(sizes=1)), toy_fcos())
+    )
+    message = r"level p3 of tap 'box_deltas'.* dx, dy, dw, dh .* left, top, right, bottom.*alike"
+    with pytest.raises(ValueError, match=message):
+        LogitBoxKD().wire(student, target)
+    LogitBoxKD(box_weight=0.0).wire(student, target)
+
+
+def test_boxes_of_other_units_are_the_same_boxes(context):
+    student, target = (
+        {tap: shapes(tap, side) for tap in ("cls_logits", "box_deltas")} for side in (0, 1)
+    )
+    units = {"student": (1.0, 1.0, 1.0, 1.0), "target": (10.0, 10.0, 5.0, 5.0)}
+    student["box_deltas"] = [replace(x, units=units["student"]) for x in student["box_deltas"]]
+    target["box_deltas"] = [replace(x, units=units["target"]) for x in target["box_deltas"]]
+    term = LogitBoxKD()
+    term.wire(student, target)
+    given = {tap: maps(tap, 1) for tap in term.source_taps()}
+    factors = torch.tensor(units["target"]).repeat(2)[:, None, None]
+    scaled = {**given, "box_deltas": {k: factors * x for k, x in given["box_deltas"].items()}}
+    found, expected = run(term, context, None, scaled), run(wired(LogitBoxKD()), context, None, given)
+    assert_close(found, expected)
+
+
+def test_a_dense_detector_says_in_which_units_its_deltas_are():
+    cfg = toy_cfg()
+    cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    assert describe(build_model(cfg)).named_taps()["box_deltas"].units == (10.0, 10.0, 5.0, 5.0)
+    assert describe(toy_fcos()).named_taps()["box_deltas"].units == ()
 
 
 def test_a_detector_that_codes_no_boxes_is_told(context):
