@@ -79,8 +79,8 @@ class PanopticFPN(GeneralizedRCNN):
             rpn.rpn_head([maps[f] for f in rpn.in_features])
             return run_head(self.model.sem_seg_head, maps)
 
-        return [
-            *super().depths(),
-            Depth(("backbone", "sem_seg_head"), head),
-            Depth(("backbone", "proposal_generator.rpn_head", "sem_seg_head"), both),
-        ]
+        depths = [*super().depths(), Depth(("backbone", "sem_seg_head"), head)]
+        if hasattr(self.model.proposal_generator, "rpn_head"):
+            paths = ("backbone", "proposal_generator.rpn_head", "sem_seg_head")
+            depths.append(Depth(paths, both))
+        return depths

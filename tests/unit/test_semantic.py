@@ -152,6 +152,15 @@ def test_a_run_to_both_heads_of_a_panoptic_model_runs_the_backbone_once():
     assert list(recorder.maps(taps[0])) == ["p2", "p3", "p4", "p5", "p6"]
 
 
+def test_a_panoptic_model_on_precomputed_proposals_has_no_rpn_to_run():
+    cfg = toy_cfg(arch="PanopticFPN")
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "PrecomputedProposals"
+    teacher = Teacher(model=build_model(cfg), compile=True)
+    teacher.prepare(("features", MAP))  # compiles whatever the deepest run reaches, once called
+    deepest = describe(teacher.hidden.held).depths()[-1]
+    assert deepest.reaches == ("backbone", "sem_seg_head")
+
+
 def test_the_class_map_is_what_the_model_predicts(model):
     model = copy.deepcopy(model).eval()
     detector = describe(model)
