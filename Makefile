@@ -8,7 +8,7 @@ BASE_PYTHON ?= python3
 CPU := not slow and not d2_main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast test-slow test-d2-main lint format type quickstart bench
+.PHONY: help setup test test-fast test-slow test-d2-main lint format type quickstart bench compare-methods
 
 help:  ## list the targets
 	@echo "make <target> [PYTHON=/path/to/python]   (default: the project's own .venv)"
@@ -49,3 +49,6 @@ quickstart: setup  ## the whole comparison on synthetic data: teacher, student, 
 
 bench: setup  ## what distilling costs, short, on the CPU (docs/benchmarks.md says how in full)
 	$(PY) -W ignore -m benchmarks $(or $(ARGS),--short)
+
+compare-methods: setup  ## every method on synthetic data, short; ARGS=--full for the real one
+	$(PY) -W ignore -m benchmarks.methods $(ARGS)
