@@ -10,4 +10,4 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import kd_det  # noqa: F401  # before any of Detectron2, whose v0.6 needs it
 
-NAMES = ("loss", "teacher", "step", "scaling", "time_to_accuracy")
+NAMES = ("loss", "teacher", "step", "method_cost", "scaling", "time_to_accuracy")

@@ -36,7 +36,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     made.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
     made.add_argument("--repeats", type=int, metavar="N", help="default 9, and 5 with --short")
-    made.add_argument("--short", action="store_true", help="smaller; all five in some 6 minutes")
+    made.add_argument("--short", action="store_true", help="smaller; all six in some 7 minutes")
     made.add_argument("--output", default="output/benchmarks", metavar="DIR", help="of JSON files")
     made.add_argument(
         "--docs",

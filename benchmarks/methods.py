@@ -45,20 +45,17 @@ from kd_det.data.synthetic import make_synthetic_coco
 from kd_det.paths import CONFIGS
 from kd_det.tools import quickstart, runs
 
+_OTHERS = ("cwd_R_101", "teacher_R_101")  # two terms, and none
 METHODS = {
     "cwd": "cwd_R_101_features",
     "cwd_logits": "cwd_R_101_logits",
-    "at": "at_R_101",
-    "pi": "pi_R_101",
-    "pi_sigmoid": "pi_sigmoid_R_101",
-    "fitnet": "fitnet_R_101",
-    "fgfi": "fgfi_R_101",
-    "fkd": "fkd_R_101",
-    "channel_distillation": "channel_distillation_R_101",
-    "pkd": "pkd_R_101",
-    "logit_box": "logit_box_R_101",
+    **{
+        path.stem.removesuffix("_R_101"): path.stem
+        for path in sorted((CONFIGS / "KD").glob("*_R_101.yaml"))
+        if path.stem not in _OTHERS
+    },
 }
-"""By name of the run, its file under ``configs/KD``, of one term."""
+"""By name of the run, its file under ``configs/KD``, of one term. A new file is a new method."""
 
 
 @dataclass(frozen=True)

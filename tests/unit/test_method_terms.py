@@ -386,7 +386,10 @@ def test_boxes_of_other_units_are_the_same_boxes(context):
     given = {tap: maps(tap, 1) for tap in term.source_taps()}
     factors = torch.tensor(units["target"]).repeat(2)[:, None, None]
     scaled = {**given, "box_deltas": {k: factors * x for k, x in given["box_deltas"].items()}}
-    found, expected = run(term, context, None, scaled), run(wired(LogitBoxKD()), context, None, given)
+    found, expected = (
+        run(term, context, None, scaled),
+        run(wired(LogitBoxKD()), context, None, given),
+    )
     assert_close(found, expected)
 
 
