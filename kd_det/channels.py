@@ -73,6 +73,7 @@ class Common:
         student: module for the student's map; ``nn.Identity`` where it stays as it is.
         target: module for the target's map.
         channels: what both have then.
+        anchors: of how many anchors per cell those are; 0 where that is unknown.
         name: the short form for a plan; ``"-"`` where nothing is done.
         note: the long form, a sentence with every class; may be empty.
     """
@@ -80,8 +81,14 @@ class Common:
     student: nn.Module
     target: nn.Module
     channels: int
+    anchors: int = 0
     name: str = "-"
     note: str = ""
+
+    @property
+    def per_anchor(self) -> int:
+        """Channels of one anchor: classes, or coordinates; 0 where that is unknown."""
+        return self.channels // self.anchors if self.anchors else 0
 
 
 def common_channels(student: TapShape, target: TapShape, reduction: str = "max") -> Common:
@@ -106,7 +113,8 @@ def common_channels(student: TapShape, target: TapShape, reduction: str = "max")
         _check_same(student, target)
     else:
         return _common_logits(student, target, reduction)
-    return Common(nn.Identity(), nn.Identity(), target.channels)
+    anchors = student.anchors or target.anchors
+    return Common(nn.Identity(), nn.Identity(), target.channels, anchors)
 
 
 def _common_logits(student: TapShape, target: TapShape, reduction: str) -> Common:
@@ -114,7 +122,8 @@ def _common_logits(student: TapShape, target: TapShape, reduction: str) -> Commo
         if student.channels != target.channels:
             raise ValueError(_unknown(student, target))
         note = f"not known by name: the {student.channels} channels of both in the same order"
-        return Common(nn.Identity(), nn.Identity(), target.channels, note=note)
+        anchors = student.anchors or target.anchors
+        return Common(nn.Identity(), nn.Identity(), target.channels, anchors, note=note)
     mine, theirs, note = common_classes(student, target)
     names, notes, anchors = [], [], student.anchors
     if student.anchors != target.anchors:
@@ -127,6 +136,7 @@ def _common_logits(student: TapShape, target: TapShape, reduction: str) -> Commo
         _module(student, mine, anchors, reduction),
         _module(target, theirs, anchors, reduction),
         anchors * (len(mine) or student.per_anchor),
+        anchors,
         ", ".join(names) or "-",
         "; ".join(notes + [note] * bool(note)),
     )

@@ -98,7 +98,7 @@ class LevelwiseTerm(Term):
             )
         rows = []
         for pair in self.pairs:
-            common = self._connect(pair)
+            common = self.connect(pair)
             # ModuleDict keys may not contain dots; level names are keys of dicts or numbers.
             self.connectors[pair.student.level] = common.student
             self.target_channels[pair.student.level] = common.target
@@ -120,7 +120,13 @@ class LevelwiseTerm(Term):
             )
         return rows
 
-    def _connect(self, pair: Pair) -> Common:
+    def connect(self, pair: Pair) -> Common:
+        """
+        What brings the two maps of a pair to channels that mean the same.
+
+        Raises:
+            ValueError: if nothing does.
+        """
         s, t = pair.student, pair.target
         try:
             if {s.kind, t.kind} != {"feature"} and isinstance(self.connector, Auto):
@@ -128,7 +134,7 @@ class LevelwiseTerm(Term):
             module = self.connector(s.channels, t.channels)
         except ValueError as e:
             raise ValueError(f"level {s.level} of tap '{self.tap}': {e}") from None
-        return Common(module, nn.Identity(), t.channels, _describe(module))
+        return Common(module, nn.Identity(), t.channels, t.anchors, _describe(module))
 
     def forward(  # noqa: D102  # as in the base
         self,

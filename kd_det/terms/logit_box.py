@@ -53,8 +53,8 @@ class LogitBoxKD(LevelwiseTerm):
             schedule: see `LevelwiseTerm`.
 
     Raises:
-        ValueError: if a value is out of its range; when wired, if the anchors or the
-            coding of a level differ; in a step, if the student keeps no positives or has no anchors.
+        ValueError: if a value is out of its range; when wired, if the anchors or the coding of a
+            level differ; in a step, if the student keeps no positives or has no anchors.
     """
 
     saves_target = False  # only its scores and boxes

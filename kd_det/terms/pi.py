@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_det.channels import Common
 from kd_det.context import Context
 from kd_det.losses import MODES, pixel_wise_kl
+from kd_det.pairing import Pair
 from kd_det.registry import TERMS
 from kd_det.sources import Source
 from kd_det.taps import Maps
@@ -29,15 +31,19 @@ class PI(LevelwiseTerm):
         tap: class logits.
         mode: ``"softmax"`` over classes (published) or ``"sigmoid"``.
         tau: temperature; 1 in SKD's code, 8 in LD's RetinaNet config (softmax).
-        num_classes: softmax only: classes per anchor; 0 takes all channels for classes of one.
+        num_classes: softmax only: classes per anchor where the tap does not tell (a module path);
+            0 takes all channels for classes of one anchor there. Presets know theirs: of other
+            class sets the common classes, of other anchors per cell one, see
+            `kd_det.channels.common_channels`.
         cross_entropy: whether the value keeps the teacher's entropy, as in SKD's code.
         normalizer: ``"cells"`` (published) or ``"positives"``, see `kd_det.terms.normalizer`.
         levelwise: source_tap, levels, level_weights, connector, region, and source, weight,
             schedule: see `LevelwiseTerm`.
 
     Raises:
-        ValueError: if ``tau`` is not a positive finite number, or a value is unknown; in a step, if
-            the channels are no multiple of ``num_classes`` or the student keeps no positives.
+        ValueError: if ``tau`` is not a positive finite number, or a value is unknown; when wired,
+            if ``num_classes`` is not what the tap says, the channels are no multiple of it, or a
+            softmax would be over one class; in a step, if the student keeps no positives.
     """
 
     saves_target = False  # only its probabilities
@@ -66,6 +72,35 @@ class PI(LevelwiseTerm):
         self.num_classes = num_classes
         self.cross_entropy = cross_entropy
         self.normalizer = normalizer
+        self.classes: dict[str, int] = {}
+
+    def connect(self, pair: Pair) -> Common:  # noqa: D102  # as in the base
+        common = super().connect(pair)
+        if self.mode == "softmax":
+            self.classes[pair.student.level] = self._classes(common, pair.student.level)
+        return common
+
+    def _classes(self, common: Common, level: str) -> int:
+        """The classes of one softmax on a level."""
+        known, asked = common.per_anchor, self.num_classes
+        if known and asked and known != asked:
+            raise ValueError(
+                f"level {level} of tap '{self.tap}' has {known} classes per anchor in common, and "
+                f"NUM_CLASSES says {asked}: leave it at 0, it is for taps that do not tell"
+            )
+        classes = known or asked or common.channels
+        if common.channels % classes:
+            raise ValueError(
+                f"level {level} of tap '{self.tap}' has {common.channels} channels, which are no "
+                f"whole number of anchors with {classes} classes each: set NUM_CLASSES to the "
+                "number of classes"
+            )
+        if classes == 1:
+            raise ValueError(
+                f"level {level} of tap '{self.tap}' has one class per anchor, whose softmax is 1 "
+                'whatever the logits are: set MODE: "sigmoid"'
+            )
+        return classes
 
     def forward(  # noqa: D102  # as in the base
         self,
@@ -76,7 +111,7 @@ class PI(LevelwiseTerm):
     ) -> dict[str, Tensor]:
         number = divisor(self.normalizer, context)
         return {
-            level: self.compare(s, t, region, number)
+            level: self.compare(s, t, region, number, self.classes.get(level, 0))
             for level, s, t, region in self.aligned(student, target, context)
         }
 
@@ -86,14 +121,24 @@ class PI(LevelwiseTerm):
         target: Tensor,
         region: Tensor | None,
         normalizer: float | None = None,
+        classes: int = 0,
     ) -> Tensor:
-        """Pixel-wise KL of one level, see `LevelwiseTerm.compare`; ``None`` takes the mean."""
+        """
+        Pixel-wise KL of one level, see `LevelwiseTerm.compare`.
+
+        Args:
+            student: see there.
+            target: see there.
+            region: see there.
+            normalizer: see `kd_det.losses.pixel_wise_kl`.
+            classes: likewise.
+        """
         return pixel_wise_kl(
             student,
             target,
             mode=self.mode,
             tau=self.tau,
-            classes=self.num_classes,
+            classes=classes,
             cross_entropy=self.cross_entropy,
             region=region,
             normalizer=normalizer,

@@ -12,9 +12,11 @@ import torch
 
 from kd_det.losses import pixel_wise_kl
 from kd_det.registry import REGIONS, TERMS
+from tests.lone_terms import toy_context, toy_student
 from tests.parity import test_methods_parity as parity
 from tests.parity import test_regions_parity as by_loops
 from tests.unit import test_method_losses as properties
+from tests.unit import test_method_scores as scores
 from tests.unit import test_method_terms as methods
 from tests.unit import test_mutants
 from tests.unit import test_region_kinds as kinds
@@ -41,12 +43,12 @@ def mutate(monkeypatch, path, old, new):
 
 @pytest.fixture(scope="module")
 def student():
-    return methods.student.__wrapped__()
+    return toy_student()
 
 
 def in_a_step(check, *args):
     """A test of terms, with the context that pytest would give it."""
-    return lambda student: check(methods.context.__wrapped__(student), *args)
+    return lambda student: check(toy_context(student), *args)
 
 
 def on_boxes(check, *args):
@@ -134,9 +136,19 @@ MUTANTS = {
         "losses/pixel_wise.py", "if normalizer is None:", "if True:",
         plain(properties.test_a_normalizer_divides_the_sum_over_the_batch, pixel_wise_kl),
     ),
+    "PI: the tap's classes are not asked for": (
+        "terms/pi.py", "self.classes.get(level, 0)", "self.num_classes",
+        plain(scores.test_a_softmax_is_over_the_classes_that_an_anchor_of_both_sides_has,
+              scores.level("abc", 9), scores.level("cxa", 9), "ac", 9),
+    ),
+    "PI: one softmax for all anchors": (
+        "channels.py", "student.per_anchor),\n        anchors,", "student.per_anchor),\n        0,",
+        plain(scores.test_a_softmax_is_over_the_classes_that_an_anchor_of_both_sides_has,
+              scores.level("abc", 9), scores.level("cab", 9), "abc", 9),
+    ),
     "PI: positives are cells": (
         "terms/normalizer.py", 'context.positives if normalizer == "positives" else None', "None",
-        in_a_step(methods.test_pixel_wise_options_reach_the_loss),
+        in_a_step(scores.test_pixel_wise_options_reach_the_loss),
     ),
     # -- imitation: FitNet, FGFI
     "imitation: no half": (
@@ -281,25 +293,25 @@ MUTANTS = {
     ),
     "boxes: the overlap instead of what lacks": (
         "terms/logit_box.py", "level: 1 - generalized_iou", "level: generalized_iou",
-        in_a_step(methods.test_boxes_pull_at_the_students_deltas_alone),
+        in_a_step(scores.test_boxes_pull_at_the_students_deltas_alone),
     ),
     "boxes: the teacher learns": (
-        "terms/logit_box.py", "with torch.no_grad():\n            other",
-        "if True:\n            other",
-        in_a_step(methods.test_boxes_pull_at_the_students_deltas_alone),
+        "terms/logit_box.py", "with torch.no_grad():\n            given",
+        "if True:\n            given",
+        in_a_step(scores.test_boxes_pull_at_the_students_deltas_alone),
     ),
     "boxes: one score for the other": (
         "terms/logit_box.py", 'self.box_score == "teacher"', 'self.box_score == "gap"',
-        in_a_step(methods.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
+        in_a_step(scores.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
     ),
     "boxes: classes as anchors": (
         "terms/logit_box.py", ".unflatten(1, (like.shape[1], -1)).amax(2)",
         ".unflatten(1, (-1, like.shape[1])).amax(1)",
-        in_a_step(methods.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
+        in_a_step(scores.test_boxes_count_by_the_gap_of_the_scores_or_the_teachers),
     ),
     "boxes: another level's": (
         "terms/logit_box.py", "distances[level]  # (N", "distances['p3']  # (N",
-        in_a_step(methods.test_a_level_left_out_is_left_out_of_the_boxes_too),
+        in_a_step(scores.test_a_level_left_out_is_left_out_of_the_boxes_too),
     ),
     "boxes: coordinates of anchors mixed up": (
         "boxes.py", "unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)",

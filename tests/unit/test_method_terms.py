@@ -1,82 +1,42 @@
 """Terms of the published methods: what they tell the loss, what they own, what they refuse."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.testing import assert_close
 
 from kd_det import losses, terms
-from kd_det.boxes import decode
 from kd_det.connectors import Auto, BatchNorm, Conv, Unbridged
 from kd_det.context import Context
-from kd_det.detectors import TapShape, describe, probe
 from kd_det.fields import fields_of
 from kd_det.regions import AnchorIoU, Attention, GTBox, Ones, Padding, TeacherScore, TopBoxes
 from kd_det.registry import TERMS
 from kd_det.schedules import Constant
 from kd_det.terms import AT, FGFI, FKD, PI, PKD, ChannelDistillation, FitNet, LogitBoxKD
-from tests.toys import toy_cfg, toy_fcos
+from tests.lone_terms import (
+    STRIDES,
+    aligned,
+    maps,
+    run,
+    shapes,
+    toy_context,
+    toy_student,
+    wired,
+)
 
-STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
-SIZES = ((64, 96), (50, 70))
-KINDS = {"features": "feature", "cls_logits": "logits", "box_deltas": "deltas"}
-CHANNELS = {"features": (4, 6), "cls_logits": (6, 6), "box_deltas": (8, 8)}
 METHODS = [AT, ChannelDistillation, FGFI, FKD, FitNet, LogitBoxKD, PI, PKD]
-
-
-def shapes(tap, side):
-    kind, channels = KINDS[tap], CHANNELS[tap][side]
-    return [TapShape(k, channels, s, "", kind) for k, s in STRIDES.items()]
-
-
-def maps(tap, side, n=2, canvas=(64, 96)):
-    g = torch.Generator().manual_seed(7 * len(tap) + side)
-    grids = {k: [math.ceil(x / s) for x in canvas] for k, s in STRIDES.items()}
-    return {k: torch.randn(n, CHANNELS[tap][side], *grid, generator=g) for k, grid in grids.items()}
 
 
 @pytest.fixture(scope="module")
 def student():
-    model = build_model(toy_cfg(sizes=2)).eval()
-    model.loss_normalizer = 20.0
-    return model
+    return toy_student()
 
 
 @pytest.fixture
 def context(student):
-    inputs = []
-    for h, w in SIZES:
-        instances = Instances((h, w))
-        instances.gt_boxes = Boxes(torch.tensor([[20.0, 12, 58, 40], [2, 2, 18, 20]]))
-        inputs.append({"image": torch.zeros(3, h, w), "instances": instances})
-    return Context(inputs, "BGR", student)
-
-
-def wired(term):
-    torch.manual_seed(0)
-    term.wire(
-        {tap: shapes(tap, 0) for tap in term.student_taps()},
-        {tap: shapes(tap, 1) for tap in term.source_taps()},
-    )
-    return term
-
-
-def run(term, context, student=None, target=None):
-    context.student_maps = student or {tap: maps(tap, 0) for tap in term.student_taps()}
-    target = target or {tap: maps(tap, 1) for tap in term.source_taps()}
-    return term(context.student_maps, target, context, None)
-
-
-def aligned(term, context):
-    student = {tap: maps(tap, 0) for tap in term.student_taps()}
-    target = {tap: maps(tap, 1) for tap in term.source_taps()}
-    context.student_maps = student
-    return list(term.aligned(student, target, context))
+    return toy_context(student)
 
 
 # -- what all have in common -----------------------------------------------------------------------
@@ -109,7 +69,7 @@ def test_a_level_is_the_loss_under_the_region(context, method):
         FKD: None,
         FitNet: lambda s, t, r: losses.imitation(s, t, region=r),
         LogitBoxKD: lambda s, t, r: losses.weighted_bce(s, t, region=r, normalizer=20.0),
-        PI: lambda s, t, r: losses.pixel_wise_kl(s, t, region=r),
+        PI: lambda s, t, r: losses.pixel_wise_kl(s, t, classes=3, region=r),
         PKD: lambda s, t, r: losses.pearson_distance(s, t, region=r),
     }[method]
     if expected is None:
@@ -193,18 +153,6 @@ def test_attention_transfer_takes_other_channels_as_they_are(context):
     summed = run(wired(AT(region=Ones(), over_cells="sum", p=1.0)), context)["p3"]
     assert_close(summed, losses.attention_transfer(s["p3"], t["p3"], p=1, over_cells="sum"))
     assert all(x.shape[1] == 1 for _, *pair, _ in aligned(term, context) for x in pair)
-
-
-def test_pixel_wise_options_reach_the_loss(context):
-    s, t = maps("cls_logits", 0)["p3"], maps("cls_logits", 1)["p3"]
-    for options, same in [
-        ({"mode": "sigmoid", "tau": 2.0}, {"mode": "sigmoid", "tau": 2.0}),
-        ({"num_classes": 3}, {"classes": 3}),
-        ({"cross_entropy": True}, {"cross_entropy": True}),
-        ({"normalizer": "positives"}, {"normalizer": 20.0}),
-    ]:
-        value = run(wired(PI(region=Ones(), **options)), context)["p3"]
-        assert_close(value, losses.pixel_wise_kl(s, t, **same))
 
 
 def test_where_features_are_imitated_is_the_regions_business(context):
@@ -292,118 +240,6 @@ def test_fkd_at_agreement_has_a_finite_gradient(context):
     s, t, region = torch.ones(2, 6, 8, 12), torch.ones(2, 6, 8, 12), torch.ones(2, 1, 8, 12)
     term.compare(s.requires_grad_(), t, region).backward()
     assert torch.equal(s.grad, torch.zeros_like(s))
-
-
-# -- class scores and boxes ------------------------------------------------------------------------
-
-
-def test_boxes_count_by_the_gap_of_the_scores_or_the_teachers(context):
-    s = {tap: maps(tap, 0) for tap in ("cls_logits", "box_deltas")}
-    t = {tap: maps(tap, 1) for tap in ("cls_logits", "box_deltas")}
-    q, p = (x["cls_logits"]["p3"].sigmoid().unflatten(1, (2, 3)) for x in (s, t))
-    ours, theirs = (decode(context, list(x["box_deltas"].values()))[0] for x in (s, t))
-    apart = 1 - losses.generalized_iou(ours, theirs, dim=2)  # (N, A, H, W)
-    for score, v in (("gap", (q - p).abs()), ("teacher", p)):
-        box = (v.amax(2) * apart).sum() / 20
-        values = run(wired(LogitBoxKD(region=Ones(), box_score=score, box_weight=4.0)), context)
-        scores = losses.weighted_bce(s["cls_logits"]["p3"], t["cls_logits"]["p3"], normalizer=20)
-        assert_close(values["p3"], scores + 4 * box)
-    mean = run(wired(LogitBoxKD(region=Ones(), normalizer="cells", box_score="teacher")), context)
-    scores = losses.weighted_bce(s["cls_logits"]["p3"], t["cls_logits"]["p3"])
-    assert_close(mean["p3"], scores + 4 * box * 20 / (2 * 8 * 12))
-
-
-def test_boxes_pull_at_the_students_deltas_alone(context):
-    term = wired(LogitBoxKD(beta=0.0))
-    student = {tap: maps(tap, 0) for tap in term.student_taps()}
-    target = {tap: maps(tap, 1) for tap in term.source_taps()}
-    for x in (*student["box_deltas"].values(), *target["box_deltas"].values()):
-        x.requires_grad_()
-    sum(run(term, context, student, target).values()).backward()
-    assert all(x.grad.any() for x in student["box_deltas"].values())
-    assert all(x.grad is None for x in target["box_deltas"].values())
-    again = run(term, context, {**student, "box_deltas": target["box_deltas"]}, target)
-    same = run(wired(LogitBoxKD(beta=0.0, box_weight=0.0)), context, student, target)
-    assert_close(again, same)  # equal boxes add nothing
-    assert torch.isfinite(sum(run(term, context, *_times(1e4, student, target)).values()))
-
-
-def _times(factor, *sides):
-    return [
-        {tap: {k: factor * x.detach() for k, x in levels.items()} for tap, levels in side.items()}
-        for side in sides
-    ]
-
-
-def test_a_level_left_out_is_left_out_of_the_boxes_too(context):
-    every, some = run(wired(LogitBoxKD()), context), wired(LogitBoxKD(levels=("p5", "p3")))
-    values = run(some, context)
-    assert list(values) == ["p5", "p3"]
-    for level, value in values.items():
-        assert_close(value, every[level])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"channels": 4}, r"level p3 of tap 'box_deltas'.* 8 channels.* 4 at .*BOX_WEIGHT: 0"),
-        ({"stride": 4}, r"stride 8 .* stride 4; .*same anchors"),
-        ({"level": "p33"}, r"no level p3 on both sides.*LEVELS, or set BOX_WEIGHT: 0"),
-    ],
-)
-def test_other_anchors_are_an_error_that_says_what_to_do(change, message):
-    first, *others = shapes("box_deltas", 1)
-    target = {
-        "cls_logits": shapes("cls_logits", 1),
-        "box_deltas": [replace(first, **change), *others],
-    }
-    student = {tap: shapes(tap, 0) for tap in ("cls_logits", "box_deltas")}
-    with pytest.raises(ValueError, match=message):
-        LogitBoxKD().wire(student, target)
-    LogitBoxKD(box_weight=0.0).wire(student, target)
-
-
-def test_boxes_of_another_coding_are_an_error_though_as_many():
-    student, target = (
-        probe(model, [describe(model).tap(tap) for tap in ("cls_logits", "box_deltas")])
-        for model in (build_model(toy_cfg(sizes=1)), toy_fcos())
-    )
-    message = r"level p3 of tap 'box_deltas'.* dx, dy, dw, dh .* left, top, right, bottom.*alike"
-    with pytest.raises(ValueError, match=message):
-        LogitBoxKD().wire(student, target)
-    LogitBoxKD(box_weight=0.0).wire(student, target)
-
-
-def test_boxes_of_other_units_are_the_same_boxes(context):
-    student, target = (
-        {tap: shapes(tap, side) for tap in ("cls_logits", "box_deltas")} for side in (0, 1)
-    )
-    units = {"student": (1.0, 1.0, 1.0, 1.0), "target": (10.0, 10.0, 5.0, 5.0)}
-    student["box_deltas"] = [replace(x, units=units["student"]) for x in student["box_deltas"]]
-    target["box_deltas"] = [replace(x, units=units["target"]) for x in target["box_deltas"]]
-    term = LogitBoxKD()
-    term.wire(student, target)
-    given = {tap: maps(tap, 1) for tap in term.source_taps()}
-    factors = torch.tensor(units["target"]).repeat(2)[:, None, None]
-    scaled = {**given, "box_deltas": {k: factors * x for k, x in given["box_deltas"].items()}}
-    found, expected = (
-        run(term, context, None, scaled),
-        run(wired(LogitBoxKD()), context, None, given),
-    )
-    assert_close(found, expected)
-
-
-def test_a_dense_detector_says_in_which_units_its_deltas_are():
-    cfg = toy_cfg()
-    cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-    assert describe(build_model(cfg)).named_taps()["box_deltas"].units == (10.0, 10.0, 5.0, 5.0)
-    assert describe(toy_fcos()).named_taps()["box_deltas"].units == ()
-
-
-def test_a_detector_that_codes_no_boxes_is_told(context):
-    context.student = nn.Identity()
-    with pytest.raises(ValueError, match="Identity has no box2box_transform"):
-        decode(context, [torch.zeros(1, 4, 2, 2)])
 
 
 @pytest.mark.parametrize(
