@@ -14,6 +14,7 @@ from kd_det.losses.predictions import bernoulli_kl, delta_gap, softmax_kl
 from kd_det.losses.reduce import mean_over_images, sum_over_cells
 from kd_det.losses.root import root, root_of_squares
 from kd_det.losses.standardize import standardize
+from kd_det.losses.temperature import temperature
 from kd_det.losses.weighted_bce import weighted_bce
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "softmax_kl",
     "standardize",
     "sum_over_cells",
+    "temperature",
     "weighted_bce",
 ]

@@ -1,10 +1,9 @@
 """Divergences of class logits, cell by cell."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kd_det.losses.reduce import mean_over_images, sum_over_cells, wide
+from kd_det.losses.predictions import bernoulli_kl, softmax_kl
+from kd_det.losses.reduce import mean_over_images, sum_over_cells
 
 MODES = ("softmax", "sigmoid")
 
@@ -53,40 +52,19 @@ def pixel_wise_kl(
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, but got '{mode}'.")
-    s, t = wide(student) / tau, wide(teacher) / tau
     if mode == "sigmoid":
-        cells = _bernoulli(s, t, cross_entropy)
+        each = bernoulli_kl(student, teacher, tau=tau, cross_entropy=cross_entropy)
     else:
-        channels = s.shape[1]
+        channels = student.shape[1]
         if channels % (classes or channels):
             raise ValueError(
                 f"there are {channels} channels, which are no whole number of anchors with "
-                f"{classes} classes each: set NUM_CLASSES to the number of classes."
+                f"{classes} classes each."
             )
         per_anchor = (-1, classes or channels)
-        s, t = s.unflatten(1, per_anchor), t.unflatten(1, per_anchor)  # (N, A, K, H, W)
-        cells = _categorical(s, t, cross_entropy)
-    cells = tau**2 * cells  # (N, 1, H, W)
+        s, t = student.unflatten(1, per_anchor), teacher.unflatten(1, per_anchor)
+        each = softmax_kl(s, t, tau=tau, dim=2, cross_entropy=cross_entropy)  # (N, A, H, W)
+    cells = each.sum(1, keepdim=True)  # (N, 1, H, W)
     if normalizer is None:
         return mean_over_images(cells, region)
     return sum_over_cells(cells, region) / normalizer
-
-
-def _bernoulli(s: Tensor, t: Tensor, cross_entropy: bool) -> Tensor:
-    with torch.no_grad():
-        p = torch.sigmoid(t)
-    cells = F.binary_cross_entropy_with_logits(s, p, reduction="none").sum(1, keepdim=True)
-    if cross_entropy:
-        return cells
-    with torch.no_grad():  # by the same operator: exactly 0 where both agree
-        entropy = F.binary_cross_entropy_with_logits(t, p, reduction="none").sum(1, keepdim=True)
-    return cells - entropy
-
-
-def _categorical(s: Tensor, t: Tensor, cross_entropy: bool) -> Tensor:
-    with torch.no_grad():
-        log_p = F.log_softmax(t, dim=2)
-        p = log_p.exp()
-    log_q = F.log_softmax(s, dim=2)
-    gap = -log_q if cross_entropy else log_p - log_q
-    return (p * gap).sum(2).sum(1, keepdim=True)

@@ -6,27 +6,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_det.losses.reduce import wide
 
-def softmax_kl(student: Tensor, teacher: Tensor, *, tau: float = 1.0) -> Tensor:
+
+def softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 1.0,
+    dim: int = -1,
+    cross_entropy: bool = False,
+) -> Tensor:
     """
     Divergence of two distributions over classes, row by row.
 
         tau^2 * KL( softmax(t / tau) || softmax(s / tau) )
 
     Args:
-        student: ``(..., C)`` logits of classes that exclude each other.
-        teacher: ``(..., C)``, a constant.
+        student: logits of classes that exclude each other, ``(..., C)``.
+        teacher: of the same shape, a constant.
         tau: temperature; its square keeps the gradient's size (Hinton et al., 2015).
+        dim: which dimension holds the classes.
+        cross_entropy: leave the teacher's entropy in: the same gradient, and a value that does not
+            fall to 0.
 
     Returns:
-        ``(...)`` in nats, float32 (float64 for float64 input); gradient tau * (q - p).
+        The shape without ``dim``, in nats, float32 (float64 for float64 input); gradient
+        tau * (q - p).
     """
-    log_q = F.log_softmax(_wide(student) / tau, dim=-1)
-    log_p = F.log_softmax(_wide(teacher.detach()) / tau, dim=-1)
-    return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_q = F.log_softmax(wide(student) / tau, dim=dim)
+    with torch.no_grad():
+        log_p = F.log_softmax(wide(teacher) / tau, dim=dim)
+        p = log_p.exp()
+    gap = -log_q if cross_entropy else log_p - log_q
+    return tau**2 * (p * gap).sum(dim)
 
 
-def bernoulli_kl(student: Tensor, teacher: Tensor, *, tau: float = 1.0) -> Tensor:
+def bernoulli_kl(
+    student: Tensor, teacher: Tensor, *, tau: float = 1.0, cross_entropy: bool = False
+) -> Tensor:
     """
     Divergence of two probabilities, element by element.
 
@@ -36,15 +54,21 @@ def bernoulli_kl(student: Tensor, teacher: Tensor, *, tau: float = 1.0) -> Tenso
         student: logits of any shape, each a yes or no of its own.
         teacher: of the same shape, a constant.
         tau: temperature.
+        cross_entropy: as in `softmax_kl`.
 
     Returns:
         Of that shape, in nats, float32 (float64 for float64 input); gradient tau * (q - p).
+        Exactly 0 where both agree; elsewhere rounding can leave -1e-7.
     """
-    s, t = _wide(student) / tau, _wide(teacher.detach()) / tau
-    p = torch.sigmoid(t)
-    yes = F.logsigmoid(t) - F.logsigmoid(s)
-    no = F.logsigmoid(-t) - F.logsigmoid(-s)
-    return tau**2 * (p * yes + (1 - p) * no)
+    with torch.no_grad():
+        t = wide(teacher) / tau
+        p = torch.sigmoid(t)
+    value = F.binary_cross_entropy_with_logits(wide(student) / tau, p, reduction="none")
+    if not cross_entropy:
+        with torch.no_grad():  # by the same operator, or it would not be 0 where both agree
+            entropy = F.binary_cross_entropy_with_logits(t, p, reduction="none")
+        value = value - entropy
+    return tau**2 * value
 
 
 def delta_gap(
@@ -70,11 +94,7 @@ def delta_gap(
     Returns:
         The shape without ``dim``, float32 (float64 for float64 input).
     """
-    s, t = torch.broadcast_tensors(_wide(student), _wide(teacher.detach()))
+    s, t = torch.broadcast_tensors(wide(student), wide(teacher.detach()))
     if set(ratio) != {1.0}:
         t = t * t.new_tensor(ratio).view([4] + [1] * (-dim - 1))
     return F.smooth_l1_loss(s, t, beta=beta, reduction="none").sum(dim)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kd_det.context import Context
+from kd_det.losses import temperature
 from kd_det.regions.padding import image_cells
 from kd_det.regions.region import Region
 from kd_det.registry import REGIONS
@@ -31,9 +32,7 @@ class Attention(Region):
     """
 
     def __init__(self, *, tau: float = 0.5) -> None:
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"Attention needs a finite temperature tau > 0, but got {tau}.")
-        self.tau = tau
+        self.tau = temperature("Attention", tau)
 
     @torch.no_grad()
     def __call__(  # noqa: D102  # as in the base

@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_det.channels import common_classes
 from kd_det.context import Context
 from kd_det.detectors import TapShape
-from kd_det.losses import bernoulli_kl, delta_gap, softmax_kl
+from kd_det.losses import bernoulli_kl, delta_gap, softmax_kl, temperature
 from kd_det.pairing import Pair, unit_ratio
 from kd_det.registry import TERMS
 from kd_det.sources import Source
@@ -66,14 +66,12 @@ class BoxHead(Term):
         self, *, tau: float = 1.0, delta_weight: float = 1.0, beta: float = 0.0, **common: Any
     ) -> None:
         super().__init__(**common)
-        if not 0 < tau < math.inf:
-            raise ValueError(f"BoxHead needs a finite temperature tau > 0, but got {tau}.")
         if not (0 <= delta_weight < math.inf and 0 <= beta < math.inf):
             raise ValueError(
                 "BoxHead needs a finite delta_weight >= 0 and beta >= 0, but got delta_weight "
                 f"{delta_weight} and beta {beta}."
             )
-        self.tau = float(tau)
+        self.tau = temperature("BoxHead", tau)
         self.delta_weight = float(delta_weight)
         self.beta = float(beta)
         self.pairs: dict[str, list[Pair]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_det.losses import BACKENDS, channel_wise_kl_levels, standardize
+from kd_det.losses import BACKENDS, channel_wise_kl_levels, standardize, temperature
 from kd_det.registry import TERMS
 from kd_det.terms.levelwise import LevelwiseTerm
 from kd_det.terms.term import Aligned
@@ -50,8 +50,6 @@ class CWD(LevelwiseTerm):
         **levelwise: Any,
     ) -> None:
         super().__init__(**levelwise)
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"CWD needs a finite temperature tau > 0, but got {tau}.")
         if channel_weight not in _CHANNEL_WEIGHTS:
             raise ValueError(
                 f"CWD's channel_weight is one of {', '.join(_CHANNEL_WEIGHTS)}, but got "
@@ -59,7 +57,7 @@ class CWD(LevelwiseTerm):
             )
         if backend not in BACKENDS:
             raise ValueError(f"CWD's backend is one of {', '.join(BACKENDS)}, but got '{backend}'.")
-        self.tau = float(tau)
+        self.tau = temperature("CWD", tau)
         self.channel_weight = channel_weight
         self.standardize = standardize
         self.backend = backend

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_det.channels import Common
 from kd_det.context import Context
-from kd_det.losses import MODES, pixel_wise_kl
+from kd_det.losses import MODES, pixel_wise_kl, temperature
 from kd_det.pairing import Pair
 from kd_det.registry import TERMS
 from kd_det.sources import Source
@@ -60,15 +60,13 @@ class PI(LevelwiseTerm):
         **levelwise: Any,
     ) -> None:
         super().__init__(tap=tap, **levelwise)
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"PI needs a finite temperature tau > 0, but got {tau}.")
         if mode not in MODES:
             raise ValueError(f"PI's mode is one of {', '.join(MODES)}, but got '{mode}'.")
         if num_classes < 0:
             raise ValueError(f"PI needs num_classes >= 0, but got {num_classes}.")
         check_normalizer("PI", normalizer)
         self.mode = mode
-        self.tau = float(tau)
+        self.tau = temperature("PI", tau)
         self.num_classes = num_classes
         self.cross_entropy = cross_entropy
         self.normalizer = normalizer

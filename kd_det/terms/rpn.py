@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_det.context import Context
 from kd_det.detectors import TapShape
-from kd_det.losses import bernoulli_kl, delta_gap
+from kd_det.losses import bernoulli_kl, delta_gap, temperature
 from kd_det.pairing import Pair, on_one_grid, pair_levels, unit_ratio
 from kd_det.regions import Padding, Region
 from kd_det.registry import TERMS
@@ -70,8 +70,6 @@ class RPN(Term):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not 0 < tau < math.inf:
-            raise ValueError(f"RPN needs a finite temperature tau > 0, but got {tau}.")
         if not (0 <= delta_weight < math.inf and 0 <= beta < math.inf and 0 <= min_objectness <= 1):
             raise ValueError(
                 "RPN needs a finite delta_weight >= 0 and beta >= 0 and a min_objectness between 0 "
@@ -79,7 +77,7 @@ class RPN(Term):
                 f"{min_objectness}."
             )
         self.levels = tuple(levels)
-        self.tau = float(tau)
+        self.tau = temperature("RPN", tau)
         self.delta_weight = float(delta_weight)
         self.min_objectness = float(min_objectness)
         self.beta = float(beta)

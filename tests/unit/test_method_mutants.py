@@ -104,32 +104,32 @@ MUTANTS = {
     ),
     # -- PI
     "PI: no tau^2": (
-        "losses/pixel_wise.py", "cells = tau**2 * cells", "cells = cells * 1",
+        "losses/predictions.py", "return tau**2 * (p * gap)", "return (p * gap)",
         plain(properties.test_pixel_wise_gradient_closed_form),
     ),
     "PI: sides swapped": (
-        "losses/pixel_wise.py",
-        "s, t = wide(student) / tau, wide(teacher) / tau",
-        "t, s = wide(student) / tau, wide(teacher) / tau",
+        "losses/predictions.py",
+        "p = log_p.exp()", "p = log_q.exp()",
         plain(properties.test_the_divergence_is_teacher_to_student),
     ),
     "PI: mean over classes": (
-        "losses/pixel_wise.py", "(p * gap).sum(2)", "(p * gap).mean(2)", GOLDEN_PI,
+        "losses/predictions.py", "(p * gap).sum(dim)", "(p * gap).mean(dim)", GOLDEN_PI,
     ),
     "PI: softmax over anchors": (
-        "losses/pixel_wise.py", "log_q = F.log_softmax(s, dim=2)",
-        "log_q = F.log_softmax(s, dim=1)", GOLDEN_PI,
+        "losses/pixel_wise.py", "tau=tau, dim=2,", "tau=tau, dim=1,",
+        plain(properties.test_anchors_have_a_softmax_each),
     ),
     "PI: the entropy stays": (
-        "losses/pixel_wise.py", "return cells - entropy", "return cells",
+        "losses/predictions.py", "value = value - entropy", "pass",
         plain(properties.test_zero_and_flat_where_both_agree, "PI sigmoid"),
     ),
     "PI: cross-entropy without its entropy": (
-        "losses/pixel_wise.py", "gap = -log_q if cross_entropy else log_p - log_q",
+        "losses/predictions.py", "gap = -log_q if cross_entropy else log_p - log_q",
         "gap = log_p - log_q", GOLDEN_PI,
     ),
     "PI: the teacher learns": (
-        "losses/pixel_wise.py", "with torch.no_grad():\n        log_p", "if True:\n        log_p",
+        "losses/predictions.py", "with torch.no_grad():\n        log_p",
+        "if True:\n        log_p",
         plain(TEACHER_IS_CONSTANT, "PI"),
     ),
     "PI: the normaliser is ignored": (
