@@ -6,12 +6,14 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from torch import nn
 
 from kd_det import terms
 from kd_det.kd_state import KDState
 from kd_det.plan import plan_table
 from kd_det.registry import TERMS
 from tests.steps import seeded, step
+from tests.teachers import build
 from tests.toys import batch, distiller_cfg
 
 METHODS = sorted(
@@ -19,52 +21,90 @@ METHODS = sorted(
     for name, cls in TERMS
     if issubclass(cls, terms.LevelwiseTerm) and cls.__module__.startswith("kd_det.terms.")
 )
-LOGITS = ("LogitBoxKD", "PI")
-NOW = {"SCHEDULE": {"TYPE": "Constant", "START_ITER": 0}}
-"""FGFI waits for 400 iterations otherwise."""
 INPUTS = batch(((96, 128), (64, 80)))
 
 
 @pytest.fixture(scope="module")
 def teacher(teacher: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """
-    The toy teacher, with features of the student's size, as those of trained detectors are. (With
-    its own, in the hundreds, FKD's attention decides its value, and no gradient flows there.)
+    The toy teacher with BatchNorm statistics measured on images, as training leaves them: its maps
+    are of the size of the student's. (Its random ones multiply to features in the hundreds, where
+    FKD's attention is a single cell.)
     """
-    config, weights = teacher
-    saved = torch.load(weights)
-    for name, x in saved["model"].items():
-        if name.startswith(("backbone.fpn_output", "backbone.top_block")):
-            x /= 200
-    path = tmp_path_factory.mktemp("calm") / "teacher.pth"
-    torch.save(saved, path)
-    return config, str(path)
+    model = build(teacher).train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None  # the plain mean
+    with torch.no_grad():
+        model.backbone(model.preprocess_image(INPUTS).tensor)
+    path = tmp_path_factory.mktemp("measured") / "teacher.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return teacher[0], str(path)
 
 
 def toy(teacher: tuple[str, str], name: str) -> CfgNode:
-    """A student with half the teacher's channels, and one term as its TYPE has it."""
-    tap = "cls_logits" if name in LOGITS else "features"
-    return distiller_cfg(teacher, {"KD": {"TYPE": name, "TAP": tap, **NOW}})
+    """A student with half the teacher's channels, and one term that is nothing but its TYPE."""
+    cfg = distiller_cfg(teacher, {"KD": {"TYPE": name}})
+    cfg.SOLVER.MAX_ITER = 1000
+    return cfg
+
+
+def learner(teacher: tuple[str, str], name: str) -> nn.Module:
+    """In the middle of its run: FGFI imitates nothing in the first 400 iterations."""
+    model = seeded(toy(teacher, name))
+    model.set_progress(0.5)
+    return model
+
+
+def trained(model: nn.Module, steps: int) -> list[tuple[float, float]]:
+    """The term's value and the student's normaliser at every step on one batch; terms frozen."""
+    model.terms.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.student.parameters(), lr=1e-3)
+    seen = []
+    for i in range(steps):
+        loss = step(model, i, INPUTS)["loss_kd_kd"]
+        seen.append((float(loss.detach()), float(model.student.loss_normalizer)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def settled(teacher: tuple[str, str]) -> float:
+    """The number of positive anchors in the batch, where a running mean of it comes to rest."""
+    model = learner(teacher, "PI")
+    model.student.loss_normalizer = 0.0
+    step(model, 0, INPUTS)
+    return 10 * model.student.loss_normalizer  # a tenth of the way
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_lowers_its_own_loss_with_connectors_frozen(
-    teacher: tuple[str, str], name: str
+    teacher: tuple[str, str], settled: float, name: str
 ) -> None:
-    model = seeded(toy(teacher, name))
-    model.terms.requires_grad_(False)
-    optimizer = torch.optim.Adam(model.student.parameters(), lr=1e-3)
-    values = []
-    for i in range(6):
-        # What PI and LogitBoxKD divide by moves by itself otherwise: a running mean.
-        model.student.loss_normalizer = 100.0
-        loss = step(model, i, INPUTS)["loss_kd_kd"]
-        values.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    model = learner(teacher, name)
+    model.student.loss_normalizer = settled
+    values, numbers = zip(*trained(model, 6), strict=True)
+    assert numbers == pytest.approx([settled] * 6)
     assert all(0 < v < float("inf") for v in values)
     assert values[-1] < values[0]
+
+
+def test_a_running_normaliser_divides_what_a_method_lowers(
+    teacher: tuple[str, str], settled: float
+) -> None:
+    """Still on its way from 100 to the batch's few positives, it scales the loss and no more."""
+    sums = []
+    for start in (100.0, settled):
+        model = learner(teacher, "LogitBoxKD")
+        model.student.loss_normalizer = start
+        seen = trained(model, 4)
+        assert seen[0][1] == pytest.approx(0.9 * start + 0.1 * settled)
+        sums.append([value * number for value, number in seen])
+        assert sums[-1] == sorted(sums[-1], reverse=True)
+    assert sums[0][0] == pytest.approx(sums[1][0])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -87,7 +127,7 @@ def test_a_method_pulls_the_maps_towards_less(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_idle_and_no_box_is_no_problem(teacher: tuple[str, str], name: str) -> None:
-    model = seeded(toy(teacher, name))
+    model = learner(teacher, name)
     for inputs in (INPUTS, batch(((96, 128), (64, 80)), boxes=0)):
         model.zero_grad()
         losses = step(model, 0, inputs)
