@@ -65,3 +65,17 @@ def altered(files, tmp_path, change):
     path = tmp_path / "altered.pth"
     torch.save({"model": state}, path)
     return files[0], str(path)
+
+
+def measured(files, folder, inputs=INPUTS):
+    """The teacher with BatchNorm statistics of images, as training leaves them, in a new file."""
+    model = build(files).train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None  # the plain mean
+    with torch.no_grad():
+        model.backbone(model.preprocess_image(inputs).tensor)
+    path = folder / "measured.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return files[0], str(path)

@@ -13,7 +13,7 @@ from kd_det.kd_state import KDState
 from kd_det.plan import plan_table
 from kd_det.registry import TERMS
 from tests.steps import seeded, step
-from tests.teachers import build
+from tests.teachers import measured
 from tests.toys import batch, distiller_cfg
 
 METHODS = sorted(
@@ -26,21 +26,8 @@ INPUTS = batch(((96, 128), (64, 80)))
 
 @pytest.fixture(scope="module")
 def teacher(teacher: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """
-    The toy teacher with BatchNorm statistics measured on images, as training leaves them: its maps
-    are of the size of the student's. (Its random ones multiply to features in the hundreds, where
-    FKD's attention is a single cell.)
-    """
-    model = build(teacher).train()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None  # the plain mean
-    with torch.no_grad():
-        model.backbone(model.preprocess_image(INPUTS).tensor)
-    path = tmp_path_factory.mktemp("measured") / "teacher.pth"
-    torch.save({"model": model.state_dict()}, path)
-    return teacher[0], str(path)
+    """Or its features are in the hundreds, where FKD's attention is a single cell."""
+    return measured(teacher, tmp_path_factory.mktemp("measured"), INPUTS)
 
 
 def toy(teacher: tuple[str, str], name: str) -> CfgNode:
