@@ -90,7 +90,8 @@ class AnchorIoU(Region):
         best = torch.stack([x.amax(1) for x in iou.split(counts, dim=1)], dim=1)  # (B, L)
         near = iou > self.psi * best.amax(1, keepdim=True)
         if not self.every_level:
-            own = F.one_hot(best.argmax(1), len(counts)).bool()  # (B, L)
+            levels = torch.arange(len(counts), device=iou.device)
+            own = best.argmax(1, keepdim=True) == levels  # (B, L); one_hot would wait for a check
             per_level = near.split(counts, dim=1)
             near = torch.cat([x & own[:, [i]] for i, x in enumerate(per_level)], dim=1)
         return near.any(0)

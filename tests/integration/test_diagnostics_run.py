@@ -1,8 +1,7 @@
 """Diagnostics of training steps on toy detectors: what they say, and that they disturb nothing."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.config import student_config
 from kd_det.connectors import Connector
 from kd_det.registry import CONNECTORS
 from tests.steps import FPN, exactly, gradients, resumed_step, rng_unchanged, seeded
 from tests.toys import batch, distiller_cfg
+from tests.waits import Ops, counted
 
 MEASURED, NOT_MEASURED = 18, 12
 INPUTS = batch(((64, 64), (48, 64)))  # with padding, so that there is a region
@@ -225,46 +224,6 @@ def test_measuring_draws_no_random_numbers_and_sets_no_gradient(cfg: CfgNode) ->
     with rng_unchanged():
         at(model, MEASURED)
     assert gradients(model) == {}
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operators that run, and of those that fetch a number from the device."""
-
-    FETCH = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.fetched: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: object, types: object, args: tuple = (), kwargs: object = None
-    ) -> object:
-        name = func.overloadpacket.__name__
-        # What inference mode shows of the same fetch.
-        name = "_local_scalar_dense" if name == "item" else name
-        self.names.append(name)
-        masked = name in ("index", "index_put_", "index_put") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
-        if name in self.FETCH or masked:
-            self.fetched.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ops]:
-    """Operators, and what reads memory without one, which on a GPU would wait."""
-    with Ops() as ops, monkeypatch.context() as patch:
-        for name in ("tolist", "numpy", "cpu", "__array__"):
-            original = getattr(torch.Tensor, name)
-
-            def reading(x: torch.Tensor, *a: object, n: str = name, o: object = original) -> object:
-                ops.fetched.append(n)
-                return o(x, *a)
-
-            patch.setattr(torch.Tensor, name, reading)
-        yield ops
 
 
 def test_the_host_waits_as_often_as_for_the_plain_student(

@@ -25,6 +25,7 @@ from tests.lone_terms import (
     toy_student,
     wired,
 )
+from tests.waits import counted
 
 METHODS = [AT, ChannelDistillation, FGFI, FKD, FitNet, LogitBoxKD, PI, PKD]
 
@@ -58,6 +59,17 @@ def test_the_teacher_may_run_in_inference_mode_where_the_term_says_so(context, m
         # One cell in all is a constant to standardisation.
         assert all(student[term.tap][k].grad.isfinite().all() for k in STRIDES)
         assert student[term.tap]["p3"].grad.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_waits_for_nothing(context, method, monkeypatch):
+    term = wired(method())
+    student = {tap: maps(tap, 0) for tap in term.student_taps()}
+    student[term.tap]["p3"].requires_grad_()
+    with counted(monkeypatch) as ops:
+        sum(run(term, context, student).values()).backward()
+    assert ops.names
+    assert not ops.fetched
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,6 +14,7 @@ from kd_det.regions import AnchorIoU, Attention, GTBox, Padding, Region, Teacher
 from kd_det.regions.boxes import counts, ground_truth, spans
 from kd_det.registry import REGIONS
 from tests.toys import toy_cfg, toy_fcos
+from tests.waits import counted
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 PARTS = {
@@ -65,6 +66,16 @@ def test_shape_sign_and_no_gradient(student, name):
         assert region.min() >= 0
         assert region.isfinite().all()
         assert not region.requires_grad
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_host_waits_for_nothing(student, name, monkeypatch):
+    context, s, t = a_step(student, [(64, 96), (50, 70)], [[BOX], [BOX, [1, 1, 9, 9]]])
+    with counted(monkeypatch) as ops:
+        for level, stride in STRIDES.items():
+            PARTS[name](context, s[level], t[level], stride)
+    assert ops.names
+    assert not ops.fetched
 
 
 @pytest.mark.parametrize("name", PARTS)
