@@ -187,8 +187,6 @@ def _adapt(term: CfgNode, cfg: CfgNode) -> None:
     """What a term says of COCO and a RetinaNet of full size, said of this one."""
     if term.get("LEVELS"):
         term.LEVELS = [x for x in term.LEVELS if x in cfg.MODEL.RETINANET.IN_FEATURES]
-    if term.get("NUM_CLASSES"):
-        term.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES
     if "START_ITER" in term.SCHEDULE:
         term.SCHEDULE.START_ITER = min(term.SCHEDULE.START_ITER, cfg.SOLVER.MAX_ITER // 10)
 
