@@ -26,7 +26,8 @@ class FGFI(LevelwiseTerm):
 
     Defaults are the authors' (weight, threshold, and no imitation in the first 400 iterations),
     with one exception: their connector starts near 0 (standard deviation 1e-4), ours as
-    Detectron2 starts the convolutions of an FPN.
+    Detectron2 starts the convolutions of an FPN. The student's gradient goes through it: one that
+    starts near 0 passes next to none on until it has grown.
 
     Args:
         connector: a 3x3 convolution and ReLU.

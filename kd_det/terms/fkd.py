@@ -42,6 +42,12 @@ class FKD(LevelwiseTerm):
     the 3x3 convolution, R' (1x1) and both blocks exist per level, are part of the kd state and are
     never exported.
 
+    Where it departs from the authors' code and mmrazor's, to our knowledge: their non-local blocks
+    max-pool the keys and values (8 x 8 cells on the finest level of mmrazor's config) and have a
+    BatchNorm behind the last convolution. Here nothing is pooled, as the order of the products
+    makes it cheap (`kd_det.terms.non_local.NonLocal`), and nothing depends on the statistics of a
+    process; both start as the identity. Their student's attention is of the map before R.
+
     Weights and temperature are those of mmrazor's FBKD, which re-implements the authors' code with
     its values for two-stage detectors; the paper's values for one-stage detectors are 4e-4, 2e-2,
     2e-2 and 4e-4, to our knowledge.

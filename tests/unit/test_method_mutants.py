@@ -10,16 +10,14 @@ import types
 import pytest
 import torch
 
-from kd_det.losses import pixel_wise_kl
+from kd_det.losses import pixel_wise_kl, weighted_bce
 from kd_det.registry import REGIONS, TERMS
 from tests.lone_terms import toy_context, toy_student
 from tests.parity import test_methods_parity as parity
-from tests.parity import test_regions_parity as by_loops
 from tests.unit import test_method_losses as properties
 from tests.unit import test_method_scores as scores
 from tests.unit import test_method_terms as methods
 from tests.unit import test_mutants
-from tests.unit import test_region_kinds as kinds
 
 
 def mutate(monkeypatch, path, old, new):
@@ -41,6 +39,15 @@ def mutate(monkeypatch, path, old, new):
                     monkeypatch.setattr(real, part, getattr(mutated, part))
 
 
+def must_fail(monkeypatch, mutant, *args):
+    """``mutant``: path, what stands there, what is put in its place, the test that finds out."""
+    path, old, new, check = mutant
+    check(*args)  # passes on the code as it is
+    mutate(monkeypatch, path, old, new)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        check(*args)
+
+
 @pytest.fixture(scope="module")
 def student():
     return toy_student()
@@ -51,17 +58,6 @@ def in_a_step(check, *args):
     return lambda student: check(toy_context(student), *args)
 
 
-def on_boxes(check, *args):
-    """A test of regions against loops."""
-    return lambda student: check(
-        by_loops.context.__wrapped__(by_loops.student.__wrapped__()), *args
-    )
-
-
-def of_kind(check, *args):
-    return lambda student: check(kinds.student.__wrapped__(), *args)
-
-
 def plain(check, *args):
     return lambda student: check(*args)
 
@@ -69,6 +65,7 @@ def plain(check, *args):
 GOLDEN_AT = plain(properties.test_golden_attention_transfer)
 GOLDEN_PI = plain(properties.test_golden_pixel_wise)
 TEACHER_IS_CONSTANT = properties.test_the_teacher_and_the_region_are_constants
+LEVELS = methods.test_a_level_is_the_loss_of_its_maps_under_the_region
 
 MUTANTS = {
     # -- AT
@@ -313,71 +310,90 @@ MUTANTS = {
         "terms/logit_box.py", "distances[level]  # (N", "distances['p3']  # (N",
         in_a_step(scores.test_a_level_left_out_is_left_out_of_the_boxes_too),
     ),
-    "boxes: coordinates of anchors mixed up": (
-        "boxes.py", "unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)",
-        "unflatten(1, (4, -1)).permute(0, 3, 4, 2, 1)", on_boxes(by_loops.test_decoded_boxes),
+    # -- signs, levels and detached sides that the others leave out
+    "AT: sign": (
+        "losses/attention_transfer.py", "weights) - target", "weights) + target", GOLDEN_AT,
     ),
-    # -- regions
-    "boxes by the size of the image": (
-        "regions/boxes.py", "torch.arange(grid[0], device=boxes.device) * stride",
-        "torch.arange(grid[0], device=boxes.device) * 50 / grid[0]",
-        of_kind(kinds.test_boxes_are_placed_by_the_stride_and_not_by_the_image),
+    "AT: another level": (
+        "terms/at.py", "yield level, energy(s, self.p), t", "yield 'p3', energy(s, self.p), t",
+        in_a_step(LEVELS, methods.AT),
     ),
-    "inclusive borders": (
-        "regions/boxes.py", "(y0 < y + stride) & (y < y1)", "(y0 < y + stride) & (y <= y1)",
-        on_boxes(by_loops.test_ground_truth_boxes, "p3", False),
+    "PI: sign": (
+        "losses/predictions.py", "else log_p - log_q", "else log_q - log_p", GOLDEN_PI,
     ),
-    "rows and columns swapped": (
-        "regions/boxes.py", "x0, y0, x1, y1 = boxes", "y0, x0, y1, x1 = boxes",
-        on_boxes(by_loops.test_ground_truth_boxes, "p3", False),
+    "PI sigmoid: no tau^2": (
+        "losses/predictions.py", "return tau**2 * value", "return value",
+        plain(properties.test_pixel_wise_gradient_closed_form),
     ),
-    "the largest box decides": (
-        "regions/gt_box.py", "torch.where(inside, share, 0.0).amax(1, keepdim=True)",
-        "(torch.where(inside, share, 2.0).amin(1, keepdim=True) % 2)",
-        of_kind(kinds.test_every_box_weighs_the_same_per_area),
+    "PI: a level is dropped": (
+        "terms/pi.py", "in self.aligned(student, target, context)",
+        "in list(self.aligned(student, target, context))[1:]", in_a_step(LEVELS, methods.PI),
     ),
-    "best anchor of the level": (
-        "regions/anchor_iou.py", "best.amax(1, keepdim=True)", "best[:, :1]",
-        on_boxes(by_loops.test_anchor_overlap, 0.5, True),
+    "imitation: sign": (
+        "losses/imitation.py", "- wide(teacher.detach())", "+ wide(teacher.detach())",
+        plain(properties.test_imitation_of_a_constant_difference),
     ),
-    "anchors of the padding": (
-        "regions/anchor_iou.py", "pairwise_iou(Boxes(boxes), anchors) * mine",
-        "pairwise_iou(Boxes(boxes), anchors)", on_boxes(by_loops.test_anchor_overlap, 0.1, True),
+    "imitation: the teacher learns": (
+        "losses/imitation.py", "teacher.detach()", "teacher",
+        plain(TEACHER_IS_CONSTANT, "imitation"),
     ),
-    "every level where one was asked for": (
-        "regions/anchor_iou.py", "if not self.every_level:", "if False:",
-        on_boxes(by_loops.test_anchor_overlap, 0.5, False),
+    "imitation: the student is detached": (
+        "losses/imitation.py", "wide(student)", "wide(student.detach()) + 0 * student",
+        plain(properties.test_gradcheck, "imitation"),
     ),
-    "scores of the padding": (
-        "regions/teacher_score.py", "score if cells is None else score * cells", "score",
-        on_boxes(by_loops.test_teacher_score, "p3"),
+    "channel mean: sign": (
+        "losses/channel_mean.py", "- wide(teacher.detach())", "+ wide(teacher.detach())",
+        plain(properties.test_golden_channel_distillation),
     ),
-    "scores of another level": (
-        "regions/teacher_score.py", "min(covering, key", "max(covering, key",
-        on_boxes(by_loops.test_teacher_score, "p4"),
+    "channel mean: the teacher learns": (
+        "losses/channel_mean.py", "teacher.detach()", "teacher",
+        plain(TEACHER_IS_CONSTANT, "channel mean"),
     ),
-    "attention of one side": (
-        "regions/attention.py", "+ self._attention(target, cells)) / 2",
-        "+ self._attention(student, cells)) / 2", on_boxes(by_loops.test_attention, "p3", 0.5),
+    "PKD: sign": (
+        "losses/pearson.py", "eps) - target", "eps) + target", plain(properties.test_golden_pkd),
     ),
-    "attention sums to 1": (
-        "regions/attention.py", "* cells * inside", "* cells",
-        on_boxes(by_loops.test_attention, "p3", 0.5),
+    "PKD: the teacher learns": (
+        "losses/pearson.py", "with torch.no_grad():", "if True:", plain(TEACHER_IS_CONSTANT, "PKD"),
     ),
-    "proposals weigh by their size": (
-        "regions/top_boxes.py", "counts(rows, columns, 1 / areas(rows, columns))",
-        "counts(rows, columns)", of_kind(kinds.test_every_proposal_weighs_the_same),
+    "PKD: statistics are constants": (
+        "losses/pearson.py", "var.clamp_min(_SMALLEST)", "var.detach().clamp_min(_SMALLEST)",
+        plain(properties.test_gradcheck, "PKD"),
     ),
-    "the worst proposals": (
-        "regions/top_boxes.py", "every.topk(", "(-every).topk(", on_boxes(by_loops.test_top_boxes),
+    "FKD: sign": (
+        "losses/root.py", "- teacher.to(wider)", "+ teacher.to(wider)",
+        plain(properties.test_golden_fkd),
     ),
+    "FKD: another level": (
+        "terms/fkd.py", "self.spatial[level](s_mean)", "self.spatial['p3'](s_mean)",
+        in_a_step(methods.test_fkd_is_its_four_parts),
+    ),
+    "FKD: the student is detached": (
+        "losses/root.py", "(student.to(wider)", "(student.detach().to(wider) + 0 * student",
+        plain(properties.test_gradcheck, "root"),
+    ),
+    "BCE: sign of the gap": (
+        "losses/weighted_bce.py", "(torch.sigmoid(s) - p)", "(torch.sigmoid(s) + p)",
+        plain(properties.test_golden_weighted_bce),
+    ),
+    "BCE: the normaliser is ignored": (
+        "losses/weighted_bce.py", "sum_over_cells(per_cell, region) / normalizer",
+        "sum_over_cells(per_cell, region)",
+        plain(properties.test_a_normalizer_divides_the_sum_over_the_batch, weighted_bce),
+    ),
+    "BCE: the teacher learns": (
+        "losses/weighted_bce.py", "with torch.no_grad():", "if True:",
+        plain(TEACHER_IS_CONSTANT, "BCE"),
+    ),
+    **{
+        f"{method.__name__}: another level of the teacher": (
+            "terms/levelwise.py", "target[self.source_tap][pair.target.level]",
+            "target[self.source_tap][self.pairs[0].target.level]", in_a_step(LEVELS, method),
+        )
+        for method in methods.METHODS
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_fails_its_test(monkeypatch, student, name):
-    path, old, new, check = MUTANTS[name]
-    check(student)  # passes on the code as it is
-    mutate(monkeypatch, path, old, new)
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        check(student)
+    must_fail(monkeypatch, MUTANTS[name], student)

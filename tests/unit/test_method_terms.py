@@ -73,24 +73,26 @@ def test_the_host_waits_for_nothing(context, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_level_is_the_loss_under_the_region(context, method):
-    expected = {
-        AT: lambda s, t, r: losses.attention_transfer(s, t, p=1, region=r),  # of energies
-        ChannelDistillation: lambda s, t, r: losses.channel_mean(s, t, region=r),
-        FGFI: lambda s, t, r: losses.imitation(s, t, region=r, over_channels="sum"),
-        FKD: None,
-        FitNet: lambda s, t, r: losses.imitation(s, t, region=r),
-        LogitBoxKD: lambda s, t, r: losses.weighted_bce(s, t, region=r, normalizer=20.0),
-        PI: lambda s, t, r: losses.pixel_wise_kl(s, t, classes=3, region=r),
-        PKD: lambda s, t, r: losses.pearson_distance(s, t, region=r),
+def test_a_level_is_the_loss_of_its_maps_under_the_region(context, method):
+    loss = {
+        AT: losses.attention_transfer,
+        ChannelDistillation: losses.channel_mean,
+        FGFI: lambda s, t, region: losses.imitation(s, t, region=region, over_channels="sum"),
+        FKD: lambda s, t, region: 7e-5 * losses.root_of_squares(s, t, region),
+        FitNet: losses.imitation,
+        LogitBoxKD: lambda s, t, region: losses.weighted_bce(s, t, region=region, normalizer=20.0),
+        PI: lambda s, t, region: losses.pixel_wise_kl(s, t, classes=3, region=region),
+        PKD: losses.pearson_distance,
     }[method]
-    if expected is None:
-        return
-    term = wired(method(box_weight=0.0) if method is LogitBoxKD else method())
+    first = {"channel_weight": 0.0, "spatial_weight": 0.0, "non_local_weight": 0.0}
+    options = {LogitBoxKD: {"box_weight": 0.0}, FKD: first}.get(method, {})
+    term = wired(method(**options))
     values = run(term, context)
     assert list(values) == list(STRIDES)
-    for level, s, t, region in aligned(term, context):
-        assert_close(values[level], expected(s, t, region))
+    for level, stride in STRIDES.items():
+        s = term.connectors[level](maps(term.tap, 0)[level])
+        t = maps(term.tap, 1)[level]
+        assert_close(values[level], loss(s, t, region=term.region(context, s, t, stride)))
 
 
 @pytest.mark.parametrize("method", METHODS)
