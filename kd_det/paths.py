@@ -35,3 +35,23 @@ def find_file(path: str, relative_to: str = "") -> str | None:
         return os.path.abspath(model_zoo.get_config_file(path))
     except RuntimeError:  # not in the zoo, or a Detectron2 that ships without its configs
         return None
+
+
+def zoo_checkpoint(config: str) -> str | None:
+    """
+    Address of what Detectron2's model zoo trained with a config of its own, or with kd_det's of the
+    same name; ``None`` for any other config.
+
+    Args:
+        config: absolute path, as `find_file` gives it.
+    """
+    from detectron2 import model_zoo  # late, as above
+
+    for root in (CONFIGS, Path(model_zoo.__file__).resolve().parent / "configs"):
+        for path in (Path(config), Path(config).resolve()):  # a checkout's zoo is linked in
+            if path.is_relative_to(root):
+                try:
+                    return str(model_zoo.get_checkpoint_url(path.relative_to(root).as_posix()))
+                except RuntimeError:  # not trained there
+                    return None
+    return None

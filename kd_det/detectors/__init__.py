@@ -1,5 +1,6 @@
 """What must be known of a meta-architecture: tap presets, how to run it to its head, anchors."""
 
+from kd_det.detectors.declared import Declared
 from kd_det.detectors.dense import DenseDetector
 from kd_det.detectors.detector import (
     Depth,
@@ -18,6 +19,7 @@ from kd_det.detectors.semantic import PanopticFPN, SemanticSegmentor
 
 __all__ = [
     "AnyModule",
+    "Declared",
     "DenseDetector",
     "Depth",
     "Detector",

@@ -102,6 +102,8 @@ class Detector:
         model: the detector; may live on the meta device.
     """
 
+    gives_boxes: bool = True
+    """Whether the model, called in eval mode, predicts what can be evaluated."""
     running: tuple[str, ...] = ()
     """Attributes, plain numbers, that a training step changes and no state_dict holds."""
 
@@ -159,6 +161,10 @@ class Detector:
             known = ", ".join(presets) or "none"
             raise KeyError(f"{e.args[0]} Presets: {known}.{near}") from None
         return Tap(name=name, path=name)
+
+    def measurable(self) -> nn.Module:
+        """What `probe` runs in place of the model: its architecture without storage."""
+        return meta_copy(self.model).eval()
 
     def preprocess(self, inputs: list[dict[str, Any]]) -> Tensor:
         """
@@ -246,8 +252,9 @@ def probe(
     model: nn.Module, taps: Iterable[Tap], classes: ClassNames = unknown
 ) -> dict[str, list[TapShape]]:
     """
-    Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic; those of a
-    box head are as it says itself.
+    Measure taps on a meta-device copy of a model, at no cost in memory or arithmetic (or on what
+    its description gives instead, `Detector.measurable`); those of a box head are as it says
+    itself.
 
     Args:
         model: the detector; it is not run and not changed.
@@ -262,7 +269,7 @@ def probe(
             reached.
     """
     taps = list(taps)
-    architecture = meta_copy(model).eval()
+    architecture = describe(model).measurable()
     detector = describe(architecture)
     roi_head = detector.roi_head()
     known = roi_head.shapes if roi_head else {}
@@ -273,7 +280,7 @@ def probe(
         512, size_divisibility(architecture) or 1
     )
     first = next(chain(architecture.parameters(), architecture.buffers()))
-    canvas = torch.empty(1, 3, side, side, device="meta", dtype=first.dtype)
+    canvas = torch.zeros(1, 3, side, side, device=first.device, dtype=first.dtype)
     with torch.no_grad(), Recorder(architecture, measured) as recorder:
         detector.run(canvas, measured)
     shapes = {

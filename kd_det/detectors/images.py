@@ -1,5 +1,6 @@
 """From Detectron2's batched inputs to the tensor that a detector's backbone is given."""
 
+from itertools import chain
 from typing import Any
 
 from detectron2.structures import ImageList
@@ -24,7 +25,7 @@ def image_tensor(model: Any, inputs: list[dict[str, Any]]) -> Tensor:
         # Some projects return what they need of the images' sizes beside them.
         images = images[0] if isinstance(images, tuple) else images
         return images.tensor
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     tensors = [x["image"].to(device).float() for x in inputs]
     if hasattr(model, "pixel_mean"):
         tensors = [(x - model.pixel_mean) / model.pixel_std for x in tensors]

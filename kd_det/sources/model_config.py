@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
@@ -13,25 +14,30 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kd_det.paths import CONFIGS, find_file
+from kd_det.paths import CONFIGS, find_file, zoo_checkpoint
 from kd_det.sources.source import SourceUnavailable
 
 
 class ModelConfig:
     """
-    A config file (``.yaml``, or a LazyConfig ``.py`` with a ``model``) that builds a detector.
+    A config (``.yaml``, or a LazyConfig ``.py`` with a ``model``, also as LazyConfig saves it) that
+    builds a detector. Of a distilled model's config that is its student.
 
     Args:
         path: see `kd_det.paths.find_file`.
         what: how errors call it.
+        content: instead of the file's: the text of a YAML config, or its keys; ``path`` is only its
+            name then. Neither Python tags nor ``_BASE_`` are read there.
 
     Raises:
         SourceUnavailable: if the file is not found.
         ValueError: if it cannot be read as a config.
     """
 
-    def __init__(self, path: str, *, what: str) -> None:
-        found = find_file(path)
+    def __init__(
+        self, path: str, *, what: str, content: str | Mapping[str, Any] | None = None
+    ) -> None:
+        found = find_file(path) if content is None else path
         if found is None:
             raise SourceUnavailable(
                 f"{what}: there is no config file '{path}'. Looked relative to the file that names "
@@ -40,7 +46,7 @@ class ModelConfig:
             )
         self.path = found
         try:
-            self._cfg = self._read(found)
+            self._cfg = _read(found) if content is None else _merged(_parsed(content))
         except Exception as e:  # YAML, Python and config errors alike
             raise ValueError(
                 f"{what}: '{found}' cannot be read as a Detectron2 config "
@@ -58,7 +64,13 @@ class ModelConfig:
 
     @property
     def weights(self) -> str:
-        """The checkpoint that the config itself names."""
+        """
+        The checkpoint that belongs to the config: for one of Detectron2's model zoo, and kd_det's
+        of that name, what the zoo has trained with it; else what the config itself names.
+        """
+        trained = zoo_checkpoint(self.path)
+        if trained is not None:
+            return trained
         if self._is_lazy:
             weights = str((self._cfg.get("train") or {}).get("init_checkpoint") or "")
         else:
@@ -124,23 +136,44 @@ class ModelConfig:
 
     @property
     def _is_lazy(self) -> bool:
-        return self.path.endswith(".py")
+        return not isinstance(self._cfg, CfgNode)
 
-    @staticmethod
-    def _read(path: str) -> Any:
-        if path.endswith(".py"):
-            lazy = LazyConfig.load(path)
-            if "model" not in lazy:
-                raise ValueError("it has no `model` node")
-            return lazy
-        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
-        # The config of a distilled model: what it trained is its student.
-        kd = loaded.pop("KD", None)
-        if kd is not None and loaded["MODEL"].get("META_ARCHITECTURE") == "Distiller":
-            loaded["MODEL"]["META_ARCHITECTURE"] = kd["STUDENT"]["META_ARCHITECTURE"]
-        cfg = get_cfg()
-        cfg.merge_from_other_cfg(CfgNode(loaded))
-        return cfg
+
+def _read(path: str) -> Any:
+    if not (path.endswith(".py") or _is_saved_lazy(path)):
+        return _merged(CfgNode.load_yaml_with_base(path, allow_unsafe=True))
+    lazy = LazyConfig.load(path)
+    if "model" not in lazy:
+        raise ValueError("it has no `model` node")
+    target = lazy.model.get("_target_")
+    if str(getattr(target, "__name__", target)).split(".")[-1] == "Distiller":
+        lazy.model = lazy.model.student
+    return lazy
+
+
+def _is_saved_lazy(path: str) -> bool:
+    """Whether a YAML file is what `LazyConfig.save` writes: Detectron2's other keys are upper."""
+    with open(path, encoding="utf-8") as f:
+        return any(line.startswith("model:") for line in f)
+
+
+def _parsed(content: str | Mapping[str, Any]) -> dict[str, Any]:
+    tree = yaml.safe_load(content) if isinstance(content, str) else dict(content)
+    if not isinstance(tree, dict):
+        raise ValueError(f"it is a {type(tree).__name__}, not a map of keys and values")
+    if "_BASE_" in tree:
+        raise ValueError("it has a _BASE_, of which nobody knows where it lies: keep all keys")
+    return tree
+
+
+def _merged(loaded: dict[str, Any]) -> CfgNode:
+    kd = loaded.pop("KD", None)
+    # The config of a distilled model: what it trained is its student.
+    if kd is not None and loaded["MODEL"].get("META_ARCHITECTURE") == "Distiller":
+        loaded["MODEL"]["META_ARCHITECTURE"] = kd["STUDENT"]["META_ARCHITECTURE"]
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(CfgNode(loaded))
+    return cfg
 
 
 class _RealLinspace(TorchFunctionMode):

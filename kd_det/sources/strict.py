@@ -51,24 +51,7 @@ def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -
         ValueError: if the file is not the expected one, is damaged, cannot be read as a checkpoint,
             or is not this model's.
     """
-    try:
-        local = PathManager.get_local_path(path)
-    except Exception as e:  # a download can fail in as many ways as there are handlers
-        raise SourceUnavailable(f"{what}: the weights '{path}' cannot be had: {e}") from e
-    if not os.path.isfile(local):
-        raise SourceUnavailable(
-            f"{what}: there is no weights file '{path}'. Paths are resolved relative to the config "
-            "that names them, then to the working directory."
-        )
-    try:
-        fingerprint = file_fingerprint(local)
-    except OSError as e:
-        raise SourceUnavailable(f"{what}: the weights '{path}' cannot be read: {e}.") from e
-    if not fingerprint.startswith(sha256):
-        raise ValueError(
-            f"{what}: the file '{path}' has the SHA-256 {fingerprint}, but {sha256} is expected. "
-            "It is another file or a damaged copy: restore it, or correct SHA256."
-        )
+    local, fingerprint = expected_file(path, what=what, sha256=sha256)
     checkpointer = _Checkpointer(model)
     try:
         check_whole(local)
@@ -81,6 +64,54 @@ def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -
     _require_all(model, checkpointer.incompatible, path, what)
     _require_sane(model, checkpointer.found, path, what)
     return fingerprint
+
+
+def local_file(path: str, *, what: str) -> str:
+    """
+    Where a file of weights lies on this machine; an address is fetched, once, into the cache of
+    Detectron2's PathManager.
+
+    Raises:
+        SourceUnavailable: if it cannot be had.
+    """
+    try:
+        local = PathManager.get_local_path(path)
+    except Exception as e:  # a download can fail in as many ways as there are handlers
+        fetch = (
+            " Without a network, fetch that file elsewhere and set WEIGHTS to it."
+            if "://" in path
+            else ""
+        )
+        raise SourceUnavailable(
+            f"{what}: the weights '{path}' cannot be had ({type(e).__name__}: {e}).{fetch}"
+        ) from e
+    if not os.path.isfile(local):
+        raise SourceUnavailable(
+            f"{what}: there is no weights file '{path}'. Paths are resolved relative to the config "
+            "that names them, then to the working directory."
+        )
+    return str(local)
+
+
+def expected_file(path: str, *, what: str, sha256: str) -> tuple[str, str]:
+    """
+    `local_file`, and its SHA-256, which must begin with ``sha256``.
+
+    Raises:
+        SourceUnavailable: if there is no such file.
+        ValueError: if it is another one.
+    """
+    local = local_file(path, what=what)
+    try:
+        fingerprint = file_fingerprint(local)
+    except OSError as e:
+        raise SourceUnavailable(f"{what}: the weights '{path}' cannot be read: {e}.") from e
+    if not fingerprint.startswith(sha256):
+        raise ValueError(
+            f"{what}: the file '{path}' has the SHA-256 {fingerprint}, but {sha256} is expected. "
+            "It is another file or a damaged copy: restore it, or correct SHA256."
+        )
+    return local, fingerprint
 
 
 class _Checkpointer(DetectionCheckpointer):

@@ -1,6 +1,5 @@
 """A frozen, trained detector beside the student."""
 
-import copy
 import hashlib
 import logging
 import math
@@ -20,10 +19,9 @@ from kd_det.registry import SOURCES
 from kd_det.rng import preserved_rng
 from kd_det.sources.compiled import compile_between_taps
 from kd_det.sources.fold import fold_batch_norm
-from kd_det.sources.hidden import Hidden, Shared
-from kd_det.sources.model_config import ModelConfig
+from kd_det.sources.hidden import Hidden
+from kd_det.sources.origin import FromFiles, Given, Origin
 from kd_det.sources.source import Source, Targets
-from kd_det.sources.strict import load_strictly
 from kd_det.sources.weights_file import check_sha256
 from kd_det.taps import ROWS, Maps, Recorder, Tap
 
@@ -50,8 +48,11 @@ class Teacher(Source):
     its owner does, and follows ``.to()``.
 
     Args:
-        config_file: YAML or LazyConfig ``.py`` of the teacher.
-        weights: its checkpoint, loaded strictly; empty takes what the config file names.
+        config_file: YAML or LazyConfig ``.py`` of the teacher, or the name of one in Detectron2's
+            model zoo; empty takes the config that the checkpoint carries, see
+            `kd_det.sources.carried.carried_config`.
+        weights: its checkpoint, loaded strictly; empty takes what the zoo trained with its config,
+            or else what the config file names.
         sha256: SHA-256 that the checkpoint must have, or at least 8 leading digits of it; empty for
             any.
         input_format: channel order of its images, ``"BGR"`` or ``"RGB"``; empty takes what the
@@ -72,11 +73,12 @@ class Teacher(Source):
         min_ap: refuse to train when its box AP, 0 to 100, is below that; 0 checks nothing. See
             `kd_det.engine.check_gates`, which `TrainerMixin` calls.
         gate_images: on how many images of the first test set that AP is measured.
-        model: an already loaded detector, instead of ``config_file`` and ``weights``.
+        model: an already loaded detector, instead of ``config_file`` and ``weights``; or any
+            function, see `kd_det.detectors.Declared`.
+        origin: where its network comes from, instead of all of these.
 
     Raises:
-        ValueError: if both or neither of ``model`` and ``config_file`` are given, or a value is
-            unknown.
+        ValueError: if it is not said which network it is, or twice, or a value is unknown.
     """
 
     def __init__(
@@ -95,13 +97,14 @@ class Teacher(Source):
         min_ap: float = 0.0,
         gate_images: int = 500,
         model: nn.Module | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
-        if (model is None) == (not config_file):
+        if [bool(config_file or weights), model is not None, origin is not None].count(True) != 1:
             raise ValueError(
-                "A Teacher needs CONFIG_FILE (and WEIGHTS), or in Python a loaded model=..., and "
-                f"not both; got config_file '{config_file}' and "
-                f"model {None if model is None else type(model).__name__}."
+                "A Teacher needs CONFIG_FILE (and WEIGHTS), WEIGHTS that carry their config, or in "
+                f"Python a loaded model=..., and not both; got config_file '{config_file}', "
+                f"weights '{weights}' and model {None if model is None else type(model).__name__}."
             )
         if model is not None and sha256:
             raise ValueError("A Teacher's sha256 is that of a file, but it was given a model.")
@@ -119,9 +122,7 @@ class Teacher(Source):
             )
         if gate_images < 1:
             raise ValueError(f"A Teacher's gate_images is at least 1, but got {gate_images}.")
-        self.config_file = config_file
-        self.weights = weights
-        self.sha256 = check_sha256(sha256)
+        sha256 = check_sha256(sha256)
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -137,24 +138,19 @@ class Teacher(Source):
         self._expected_calls: dict[str, int] = {}
         self._counted: set[str] = set()
         self._stages: int | None = None  # of the student's box head, which gives the boxes
-        # Out of the module tree, shared by deepcopies, and never changed: a copy of it is held.
-        self._given = Shared(model)
+        if origin is None:
+            origin = Given(model) if model else FromFiles(config_file, weights, sha256)
+        self._origin = origin
 
     @property
     def input_format(self) -> str:
         """Channel order that the teacher wants."""
-        if self._input_format:
-            return self._input_format
-        if self._given.module is not None:
-            return str(getattr(self._given.module, "input_format", "BGR"))
-        return self._config().input_format
+        return self._input_format or self._origin.input_format
 
     @property
     def weights_file(self) -> str:
         """The checkpoint that is loaded; empty for a given ``model``, or if none is named."""
-        if self._given.module is not None:
-            return ""
-        return self.weights or self._config().weights
+        return self._origin.weights
 
     def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:  # noqa: D102  # as in the base
         return ("proposals",) if set(taps) & set(ROWS) else ()
@@ -166,9 +162,9 @@ class Teacher(Source):
     def shapes(self, taps: tuple[str, ...]) -> dict[str, list[TapShape]]:  # noqa: D102  # as in the base
         if not taps:
             return {}
-        architecture = self._given.module or self._config().build("meta")
+        architecture = self._origin.architecture()
         resolved = self._resolved(describe(architecture), taps)
-        shapes = probe(architecture, resolved, class_names(self.classes or self._dataset))
+        shapes = probe(architecture, resolved, class_names(self.classes or self._origin.dataset))
         for tap in resolved:
             self._expected_calls.update(dict.fromkeys(tap.paths, shapes[tap.name][0].calls))
         return {
@@ -185,7 +181,7 @@ class Teacher(Source):
                 self.min_ap,
             )
         with preserved_rng():
-            model, self._fingerprint = self._load()
+            model, self._fingerprint = self._origin.load()
         model.eval().requires_grad_(False)
         detector = describe(model)
         tapped = [path for name in taps for path in detector.tap(name).paths]
@@ -226,7 +222,7 @@ class Teacher(Source):
             Recorder(model, [*resolved, *on_images], self._expected_calls) as recorder,
         ):
             # Not `precision`: the owner may have been cast since (.half(), .double()).
-            dtype = next(model.parameters()).dtype
+            dtype = next((p.dtype for p in model.parameters()), torch.float32)
             cast = partial(Tensor.to, dtype=dtype, memory_format=self.memory_format)
             # A tap's first forward runs to its end, to see that it fires no more than expected.
             paths = {tap.path for tap in on_images}
@@ -285,7 +281,7 @@ class Teacher(Source):
     def trained_state(self) -> dict[str, Tensor]:
         """The weights as the file has them, before folding and casting, on the CPU."""
         with preserved_rng():
-            model, _ = self._load()
+            model, _ = self._origin.load()
         return {k: v.cpu() for k, v in model.state_dict().items()}
 
     def detector(self) -> nn.Module:
@@ -295,10 +291,13 @@ class Teacher(Source):
 
         Raises:
             SourceUnavailable: if a file is missing.
-            ValueError: if a file is not what it should be, or no longer what it was.
+            ValueError: if a file is not what it should be, or no longer what it was; or if it is a
+                function whose outputs are maps.
         """
         with preserved_rng():
-            model, fingerprint = self._load()
+            model, fingerprint = self._origin.load()
+        if not describe(model).gives_boxes:
+            raise ValueError("This teacher returns maps and no boxes: it has no AP.")
         if self._fingerprint not in ("", fingerprint):
             raise ValueError(
                 f"The teacher's weights '{self.weights_file}' have changed since this run read "
@@ -310,7 +309,7 @@ class Teacher(Source):
     @property
     def num_classes(self) -> int | None:
         """How many classes its boxes are of; ``None`` when its architecture does not say."""
-        return describe(self._given.module or self._config().build("meta")).num_classes
+        return describe(self._origin.architecture()).num_classes
 
     @property
     def class_names(self) -> list[str] | None:
@@ -318,46 +317,21 @@ class Teacher(Source):
         Its classes in its own order, where they are known: ``classes``, else those of the first
         dataset that its config names.
         """
-        return list(self.classes) or dataset_classes(self._dataset)
-
-    @property
-    def _dataset(self) -> str:
-        return "" if self._given.module is not None else self._config().dataset
+        return list(self.classes) or dataset_classes(self._origin.dataset)
 
     def test_mapper(self) -> Callable[[dict[str, Any]], Any] | None:
         """From a dataset's record to the input of `detector`; ``None`` for a given ``model``."""
-        if self._given.module is not None:
-            return None
-        return self._config().test_mapper(self.input_format)
+        return self._origin.test_mapper(self.input_format)
 
     def identity(self) -> str:
         """SHA-256 of what decides its predictions: weights, config and channel order."""
         if not self._fingerprint:
             self.detector()
-        given = self._given.module
-        recipe = self._config().text if given is None else _attributes(given)
-        parts = (self._fingerprint, self.input_format, recipe)
+        parts = (self._fingerprint, self.input_format, self._origin.recipe)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def fingerprint(self) -> str:  # noqa: D102  # as in the base
         return self._fingerprint
-
-    def _load(self) -> tuple[nn.Module, str]:
-        if self._given.module is not None:
-            model = self._given.module
-            return copy.deepcopy(model), _tensor_fingerprint(model)
-        config = self._config()
-        weights = self.weights_file
-        what = f"The teacher of {config.path}"
-        if not weights:
-            raise ValueError(f"{what} has no weights: set WEIGHTS. A random teacher only harms.")
-        model = config.build("cpu")
-        return model, load_strictly(model, weights, what=what, sha256=self.sha256)
-
-    def _config(self) -> ModelConfig:
-        if "_model_config" not in self.__dict__:
-            self._model_config = ModelConfig(self.config_file, what="The teacher")
-        return self._model_config
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -371,21 +345,3 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in kept.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
-
-
-def _tensor_fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _attributes(model: nn.Module) -> str:
-    """The types of all modules and their plain values, thresholds say, as text."""
-    plain = (bool, int, float, str, tuple, list)
-    found = []
-    for name, m in model.named_modules():
-        values = {k: v for k, v in vars(m).items() if k != "training" and isinstance(v, plain)}
-        found.append((name, type(m).__qualname__, values))
-    return repr(found)

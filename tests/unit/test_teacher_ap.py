@@ -178,8 +178,8 @@ def test_lazy_configs(tmp_path):
     assert mapper.image_format == "RGB"
     assert "short_edge_length=(96, 96)" in str(mapper.augmentations)
     assert lazy.class_names[0] == "person"
-    assert "RetinaNet" in lazy._config().text
-    assert "0x" not in lazy._config().text
+    assert "RetinaNet" in lazy._origin.recipe
+    assert "0x" not in lazy._origin.recipe
     other = Teacher(config_file=str(tmp_path / "lazy.py"), input_format="BGR")
     assert other.test_mapper().image_format == "BGR"
 

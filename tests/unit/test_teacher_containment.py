@@ -75,7 +75,7 @@ def test_shapes_read_no_weights(files, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("kd_det.sources.teacher.load_strictly", forbidden)
+    monkeypatch.setattr("kd_det.sources.origin.load_strictly", forbidden)
     source = Teacher(config_file=files[0], weights=files[1])
     shapes = source.shapes(TAPS)
     assert [(s.channels, s.stride) for s in shapes["features"]] == [
@@ -120,7 +120,7 @@ def test_a_missing_config_file_matters_to_shapes_only(files):
 def test_preparing_twice_reads_once(files, monkeypatch):
     source = started(files)
     held = source.hidden.held
-    monkeypatch.setattr(Teacher, "_load", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(source._origin, "load", lambda: pytest.fail("read again"))
     source.prepare(TAPS)
     assert source.hidden.held is held
 

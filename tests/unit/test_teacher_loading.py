@@ -166,7 +166,7 @@ def test_the_fingerprint_is_that_of_the_weights(files, tmp_path):
         teacher.prepare(TAPS)
     assert loaded[0].fingerprint() == loaded[1].fingerprint() != ""
     with torch.no_grad():
-        loaded[1]._given.module.head.cls_score.bias.add_(1)
+        loaded[1]._origin.model.head.cls_score.bias.add_(1)
     loaded[1].release()
     loaded[1].prepare(TAPS)
     assert loaded[0].fingerprint() != loaded[1].fingerprint()
