@@ -12,6 +12,7 @@ from torch import nn
 
 from kd_det._compat import get_event_storage_or_none
 from kd_det.config import NAME, check_enabled, student_config
+from kd_det.data.unlabelled import is_unlabelled
 from kd_det.diagnostics import Diagnostics
 from kd_det.distiller import Distiller
 from kd_det.fields import fields_of
@@ -58,12 +59,19 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
             terms=build_items(kd.TERMS, TERMS, "KD.TERMS"),
             max_iter=cfg.SOLVER.MAX_ITER,
             input_format=cfg.INPUT.FORMAT,
-            classes=cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else (),
+            classes=_with_classes(cfg),
+            task_loss_weight=kd.TASK_LOSS_WEIGHT,
             inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
             log_period=kd.LOG_PERIOD,
             diagnostics=_diagnostics(cfg),
             on_start=partial(begin_run, cfg),
         )
+
+
+def _with_classes(cfg: CfgNode) -> str:
+    """The first dataset that says what the student's classes are; empty if none is named."""
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return next((name for name in names if not is_unlabelled(name)), "")
 
 
 def _diagnostics(cfg: CfgNode) -> Diagnostics | None:

@@ -17,6 +17,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from kd_det.data.coco import register_coco
+from kd_det.data.unlabelled import forget_unlabelled, register_unlabelled
 from kd_det.fields import Field, coerce, fields_of
 from kd_det.inherit import DEFAULT_MODULES
 from kd_det.paths import find_file
@@ -49,6 +50,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # NAME is loss_kd_name. WEIGHT 0 or ENABLED False removes a term, its taps and its source.
     kd.TERMS = CfgNode()
 
+    # Factor on the student's own losses. 0: it learns from its sources alone, and images need no
+    # labels. Images without labels never count for these losses, whatever the factor.
+    kd.TASK_LOSS_WEIGHT = 1.0
+
     kd.STUDENT = CfgNode()
     # What MODEL.META_ARCHITECTURE would be without distillation.
     kd.STUDENT.META_ARCHITECTURE = ""
@@ -58,7 +63,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     kd.STUDENT.INIT_MODULES = list(DEFAULT_MODULES)
 
     # COCO-format datasets that this config brings along: NAME: {JSON: file, IMAGES: folder}. They
-    # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST.
+    # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST. IMAGES alone: images without
+    # labels, for DATASETS.TRAIN.
     kd.DATASETS = CfgNode()
     # Every so many iterations the value of each term and level is written; Detectron2's own
     # writers run every 20.
@@ -240,7 +246,10 @@ def merge_kd(kd: CfgNode, new: Mapping[str, Any], where: str = "KD") -> None:
         if node.JSON and node.IMAGES:
             # A later layer, or the command line, may say otherwise.
             before = kd.DATASETS.get(name, node)
+            forget_unlabelled(name)
             register_coco(name, node.JSON, node.IMAGES, instead_of=(before.JSON, before.IMAGES))
+        elif node.IMAGES:
+            register_unlabelled(name, node.IMAGES)
     kd.update(result)
 
 

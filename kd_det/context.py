@@ -67,8 +67,8 @@ class Context:
         if found is None:
             raise ValueError(
                 f"A term is normalised by the number of foreground anchors, which "
-                f"{type(self.student).__name__} does not keep (RetinaNet and FCOS do): set "
-                'NORMALIZER: "cells".'
+                f"{type(self.student).__name__} does not keep (RetinaNet and FCOS do, from their "
+                'first labelled images on): set NORMALIZER: "cells".'
             )
         return float(found)
 
@@ -87,7 +87,10 @@ class Context:
             ValueError: if the batch carries none.
         """
         if any("instances" not in x for x in self.inputs):
-            raise ValueError("A term asked for ground truth, but the batch has no 'instances'.")
+            raise ValueError(
+                "A term asked for ground truth, but an image of the batch has no 'instances': "
+                "where images have no labels, take terms and regions that need none."
+            )
         return [x["instances"] for x in self.inputs]
 
     def detector(self) -> Detector:

@@ -1,6 +1,7 @@
 """The Distiller: a student detector, who it imitates, and the terms that say how."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -14,8 +15,9 @@ from kd_det.context import Context, with_images_on
 from kd_det.diagnostics import Diagnostics, LastValues, ScalarQueue, Step, put_levels
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
+from kd_det.labels import labelled_first, run_student
 from kd_det.sources import Source
-from kd_det.taps import Recorder, Tap
+from kd_det.taps import Tap
 from kd_det.terms import Term
 from kd_det.wiring import Wiring, wire
 
@@ -25,7 +27,11 @@ class Distiller(KDStateMixin, nn.Module):
     A Detectron2 meta-architecture that adds distillation terms to a student's losses. In eval mode
     it *is* the student; its checkpoint is the student's.
 
-        student losses + sum over terms: weight * schedule(progress) * sum_l value_l
+        task_loss_weight * student losses
+            + sum over terms: weight * schedule(progress) * sum_l value_l
+
+    Images without labels are imitated on like all others, and count for no loss of the student's
+    own: see `kd_det.labels.run_student`.
 
     Args:
         student: the detector that learns; it is not changed.
@@ -38,6 +44,8 @@ class Distiller(KDStateMixin, nn.Module):
             student's ``input_format`` attribute, else BGR.
         classes: what the student's classes are called, in order, or the name of the dataset that
             says so; class logits of a source with other classes are matched by name.
+        task_loss_weight: factor on the student's own losses; 0: it learns from its sources alone,
+            and no image needs labels.
         inherit: what the student copies from a source before the first step of a new run.
         log_period: every so many iterations the value of each level goes to the EventStorage as
             ``kd/<term>/<level>``, unweighted, and ``.../weighted``; see `flush`.
@@ -58,6 +66,7 @@ class Distiller(KDStateMixin, nn.Module):
         max_iter: int | None = None,
         input_format: str | None = None,
         classes: str | Sequence[str] = (),
+        task_loss_weight: float = 1.0,
         inherit: Inherit | None = None,
         log_period: int = 20,
         diagnostics: Diagnostics | None = None,
@@ -66,9 +75,14 @@ class Distiller(KDStateMixin, nn.Module):
         super().__init__()
         if log_period < 1:
             raise ValueError(f"The Distiller needs log_period >= 1, but got {log_period}.")
+        if not 0 <= task_loss_weight < math.inf:
+            raise ValueError(
+                f"The Distiller needs a finite task_loss_weight >= 0, but got {task_loss_weight}."
+            )
         self.student = student
         self.max_iter = max_iter
         self.input_format = input_format or str(getattr(student, "input_format", "BGR"))
+        self.task_loss_weight = float(task_loss_weight)
         self.inherit = inherit
         self.log_period = log_period
         self.diagnostics = diagnostics or Diagnostics(period=0)
@@ -113,7 +127,9 @@ class Distiller(KDStateMixin, nn.Module):
         # Detectron2's losses write to a storage; a loop without one gets a throw-away.
         with EventStorage(0) if storage is None else contextlib.nullcontext():
             if not torch.is_grad_enabled():
-                return self.student(batched_inputs)
+                return run_student(
+                    self.student, labelled_first(batched_inputs), {}, {}, self.task_loss_weight
+                )[0]
             self.flush()
             self._start(iteration)
             progress = self._progress_at(iteration)
@@ -138,12 +154,17 @@ class Distiller(KDStateMixin, nn.Module):
         }
         active = [name for name, weight in weights.items() if weight > 0]
         taps = self.wiring.student_taps(active)
+        inputs = labelled_first(inputs)
         uploaded = with_images_on(next(self.student.parameters()).device, inputs)
-        recorded = {**watched, **taps}.values()
-        with Recorder(self.student, recorded, self.wiring.expected_calls) as recorder:
-            losses = self.student(inputs)
+        losses, seen = run_student(
+            self.student,
+            inputs,
+            {**watched, **taps},
+            self.wiring.expected_calls,
+            self.task_loss_weight,
+        )
         task = tuple(losses)
-        maps = {name: recorder.maps(tap) for name, tap in taps.items()}
+        maps = {name: seen[name] for name in taps}
         context = Context(uploaded, self.input_format, self.student, maps, progress)
 
         targets = {}
@@ -165,7 +186,6 @@ class Distiller(KDStateMixin, nn.Module):
                 of = self.wiring.source_of[name]
                 values[name] = term(maps, targets[of].maps, context, self.wiring.sources[of])
             losses[f"loss_kd_{name}"] = self._total(name, weights[name], values.get(name))
-        seen = {name: recorder.maps(tap) for name, tap in watched.items()} | maps
         found = {name: target.maps for name, target in targets.items()}
         return Step(losses, task, values, weights, seen, found, context)
 

@@ -4,14 +4,17 @@ from kd_det.data.coco import check_coco, check_datasets, check_same_classes, reg
 from kd_det.data.sem_seg import register_sem_seg
 from kd_det.data.synthetic import make_synthetic_coco
 from kd_det.data.synthetic_masks import make_synthetic_masks, register_synthetic_masks
+from kd_det.data.unlabelled import is_unlabelled, register_unlabelled
 
 __all__ = [
     "check_coco",
     "check_datasets",
     "check_same_classes",
+    "is_unlabelled",
     "make_synthetic_coco",
     "make_synthetic_masks",
     "register_coco",
     "register_sem_seg",
     "register_synthetic_masks",
+    "register_unlabelled",
 ]

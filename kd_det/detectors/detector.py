@@ -349,9 +349,11 @@ def running_values(model: nn.Module) -> dict[str, Any]:
 
 
 def set_running_values(model: nn.Module, values: dict[str, Any]) -> None:
-    """The counterpart of `running_values`."""
+    """The counterpart of `running_values`: what is not among the values has not begun to run."""
     found = _with_running_values(model)
     if found is not None:
+        for name in found.running:
+            vars(found.model).pop(name, None)
         vars(found.model).update(values)
 
 

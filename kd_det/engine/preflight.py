@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from kd_det.config import add_kd_config, student_config
 from kd_det.data.coco import check_datasets
+from kd_det.data.unlabelled import is_unlabelled
 from kd_det.engine.errors import is_plain, sentence
 from kd_det.registry import did_you_mean
 from kd_det.sources.weights_file import check_whole
@@ -99,6 +100,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
     train = cfg.DATASETS.TRAIN if training else ()
     if training and not train:
         raise ValueError("DATASETS.TRAIN is empty: name what to train on.")
+    _check_unlabelled(cfg, train)
     classes = check_datasets(train, cfg.DATASETS.TEST)
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     if architecture in _WITH_CLASS_MAPS:
@@ -113,6 +115,35 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
         raise ValueError(
             f"MODEL.{'.'.join(keys)} is {found}, but the datasets have {len(classes)} class(es) "
             f"({shown}): set it to {len(classes)}."
+        )
+
+
+def _check_unlabelled(cfg: CfgNode, train: Sequence[str]) -> None:
+    if tested := [name for name in cfg.DATASETS.TEST if is_unlabelled(name)]:
+        raise ValueError(
+            f"The images of '{tested[0]}' have no labels, so nothing can be evaluated on them: "
+            "leave it out of DATASETS.TEST, or name its annotation file, "
+            f"KD.DATASETS.{tested[0]}.JSON."
+        )
+    names = [name for name in train if is_unlabelled(name)]
+    if not names:
+        return
+    kd = cfg.KD if "KD" in cfg and cfg.KD.ENABLED else None
+    if kd is None:
+        raise ValueError(
+            f"The images of '{names[0]}' have no labels, and without distillation (KD.ENABLED is "
+            "False) nothing can be learnt from them: leave it out of DATASETS.TRAIN."
+        )
+    if len(names) == len(train) and kd.TASK_LOSS_WEIGHT > 0:
+        raise ValueError(
+            "No image of DATASETS.TRAIN has labels, so the student's own losses have nothing to "
+            "count: set KD.TASK_LOSS_WEIGHT to 0 to learn from the teacher alone, or name the "
+            f"annotation file, KD.DATASETS.{names[0]}.JSON."
+        )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        raise ValueError(
+            f"The images of '{names[0]}' have no labels, and Detectron2 leaves images without "
+            "objects out: set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
         )
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
 from kd_det import Distiller
 from kd_det.build import build_items
-from kd_det.registry import SOURCES
+from kd_det.data import is_unlabelled
+from kd_det.registry import SOURCES, TERMS
 from tests import toys
 from tests.configs import kd_cfg
 from tests.teachers import TAPS, context
@@ -66,6 +68,23 @@ def test_the_sources_of_the_page(here):
         maps[name] = source(context(), TAPS).maps["features"]
     for name in ("lazy", "run"):
         torch.testing.assert_close(maps[name], maps["yaml"])
+
+
+def test_the_sets_of_the_page(here):
+    cfg = kd_cfg()
+    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(block("yaml", "more:"))))
+    try:
+        assert [is_unlabelled(name) for name in cfg.DATASETS.TRAIN] == [False, True]
+        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(block("yaml", "PEOPLE:"))))
+        assert build_items(cfg.KD.SOURCES, SOURCES, "KD.SOURCES")["people"].classes == ("person",)
+        assert {t.source for t in build_items(cfg.KD.TERMS, TERMS, "KD.TERMS").values()} == {
+            "cars",
+            "people",
+        }
+    finally:
+        for name in ("few", "more"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def test_the_function_of_the_page():

@@ -37,6 +37,7 @@ ORDER = [
     "wiring",
     "kd_state",
     "diagnostics",
+    "labels",
     "distiller",
     "fields",
     "data",
