@@ -1,17 +1,19 @@
 """The wiring diagram: how a config becomes a Distiller."""
 
+import copy
+import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
 from kd_det._compat import get_event_storage_or_none
-from kd_det.config import NAME, check_enabled, student_config
+from kd_det.config import NAME, before_merging, check_enabled, student_config
 from kd_det.data.unlabelled import is_unlabelled
 from kd_det.diagnostics import Diagnostics
 from kd_det.distiller import Distiller
@@ -55,7 +57,7 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
     with preserved_rng():
         return Distiller(
             student=student,
-            sources=build_items(kd.SOURCES, SOURCES, "KD.SOURCES"),
+            sources=build_items(kd.SOURCES, SOURCES, "KD.SOURCES", defaults=project_defaults(cfg)),
             terms=build_items(kd.TERMS, TERMS, "KD.TERMS"),
             max_iter=cfg.SOLVER.MAX_ITER,
             input_format=cfg.INPUT.FORMAT,
@@ -90,9 +92,17 @@ def _diagnostics(cfg: CfgNode) -> Diagnostics | None:
 META_ARCH_REGISTRY._do_register(NAME, build_distiller)
 
 
-def build_items(nodes: CfgNode, registry: PartRegistry, where: str) -> dict[str, Any]:
+def build_items(
+    nodes: CfgNode, registry: PartRegistry, where: str, **offered: Any
+) -> dict[str, Any]:
     """
     The named items of a node, each built by the class of its TYPE; names in lower case.
+
+    Args:
+        nodes: by name.
+        registry: of their TYPEs.
+        where: the node's key, for errors.
+        offered: what no config can carry, for constructors that have an argument of that name.
 
     Raises:
         ValueError: if a value does not fit, or two names differ only in case.
@@ -104,16 +114,16 @@ def build_items(nodes: CfgNode, registry: PartRegistry, where: str) -> dict[str,
         if name.lower() in items:
             raise ValueError(f"{where} has two items called '{name.lower()}' in lower case.")
         try:
-            items[name.lower()] = build_part(node, registry)
+            items[name.lower()] = build_part(node, registry, **offered)
         except ValueError as e:
             raise ValueError(f"{where}.{name}: {e}") from None
     return items
 
 
-def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
-    """Call the constructor that a node's TYPE names with the node's fields."""
+def build_part(node: Mapping[str, Any], registry: PartRegistry, **offered: Any) -> Any:
+    """Call the constructor that a node's TYPE names with the node's fields and what is offered."""
     cls = registry.get(node["TYPE"])
-    arguments = {}
+    arguments = {k: v for k, v in offered.items() if k in inspect.signature(cls).parameters}
     for key, field in fields_of(cls).items():
         value = node[key]
         if field.nested is not None:
@@ -124,6 +134,25 @@ def build_part(node: Mapping[str, Any], registry: PartRegistry) -> Any:
             value = value.lower()
         arguments[key.lower()] = value
     return cls(**arguments)
+
+
+def project_defaults(cfg: CfgNode) -> CfgNode:
+    """
+    What the file of a teacher is read onto: Detectron2's defaults, and the keys that the project
+    has added to this config with the values that they had before anything was merged into it.
+    """
+    defaults = get_cfg()
+    _add_unknown(defaults, before_merging(cfg))
+    defaults.pop("KD", None)
+    return defaults
+
+
+def _add_unknown(to: CfgNode, cfg: CfgNode) -> None:
+    for key, value in cfg.items():
+        if key not in to:
+            to[key] = copy.deepcopy(value)
+        elif isinstance(value, CfgNode) and isinstance(to[key], CfgNode):
+            _add_unknown(to[key], value)
 
 
 def begin_run(cfg: CfgNode, distiller: Distiller | None) -> None:

@@ -27,6 +27,7 @@ NAME = "Distiller"
 """``MODEL.META_ARCHITECTURE`` of a config with distillation."""
 
 _ITEMS: dict[str, PartRegistry] = {"SOURCES": SOURCES, "TERMS": TERMS}
+_BEFORE = "before merging"  # attribute of a config
 _LAYER = "KD of "  # + file name: keys under which the KD nodes of a file and its bases travel
 _ENABLED = Field(True, bool)  # every named item can be switched off
 _DATASET = {"JSON": Field("", str, is_path=True), "IMAGES": Field("", str, is_path=True)}
@@ -108,6 +109,11 @@ def student_config(cfg: CfgNode) -> CfgNode:
     return plain
 
 
+def before_merging(cfg: CfgNode) -> CfgNode:
+    """The config as it was before anything was merged into it: a project's defaults."""
+    return cfg.__dict__.get(_BEFORE, cfg)
+
+
 def check_enabled(cfg: CfgNode) -> None:
     """
     Refuse a config that asks for distillation and would not get it.
@@ -148,6 +154,7 @@ class _KDMixin(CfgNode):
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         """As the base class; ``KD`` is merged by `merge_kd`, first: a bad one changes nothing."""
+        self._remember()
         rest = cfg_other.clone()
         kd = self.KD.clone()
         for key in [k for k in rest if k == "KD" or str(k).startswith(_LAYER)]:
@@ -159,6 +166,7 @@ class _KDMixin(CfgNode):
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """As the base class; ``KD.…`` keys are merged by `merge_kd`, first."""
+        self._remember()
         pairs = list(zip(cfg_list[0::2], cfg_list[1::2], strict=False))
         ours = [(k, v) for k, v in pairs if k.split(".")[0] == "KD"]
         if ours and len(cfg_list) % 2:
@@ -172,6 +180,10 @@ class _KDMixin(CfgNode):
         rest = [x for k, v in pairs if (k, v) not in ours for x in (k, v)]
         super().merge_from_list(rest + cfg_list[2 * len(pairs) :])
         self.KD.update(kd)
+
+    def _remember(self) -> None:
+        if _BEFORE not in self.__dict__:
+            self.__dict__[_BEFORE] = self.clone()
 
     def freeze(self) -> None:
         """As the base class, after `check_enabled`."""

@@ -16,7 +16,7 @@ _ENTRIES = ("cfg", "config")
 _BESIDE = ("student.yaml", "config.yaml")
 
 
-def carried_config(weights: str, *, what: str) -> ModelConfig:
+def carried_config(weights: str, *, what: str, defaults: Any = None) -> ModelConfig:
     """
     The config of a checkpoint that is named without one.
 
@@ -32,6 +32,7 @@ def carried_config(weights: str, *, what: str) -> ModelConfig:
     Args:
         weights: a file, or an address that Detectron2's PathManager knows.
         what: how errors call the model.
+        defaults: see `ModelConfig`.
 
     Raises:
         SourceUnavailable: if there is no such checkpoint.
@@ -40,11 +41,12 @@ def carried_config(weights: str, *, what: str) -> ModelConfig:
     local = local_file(weights, what=what)
     entry, found = _entry(local, weights, what)
     if found is not None:
-        return ModelConfig(f"{weights}[{entry!r}]", what=what, content=found)
+        name = f"{weights}[{entry!r}]"
+        return ModelConfig(name, what=what, content=found, defaults=defaults)
     folder = os.path.dirname(os.path.abspath(local))
     for name in _BESIDE:
         if os.path.isfile(os.path.join(folder, name)):
-            return ModelConfig(os.path.join(folder, name), what=what)
+            return ModelConfig(os.path.join(folder, name), what=what, defaults=defaults)
     raise ValueError(
         f"{what} has WEIGHTS '{weights}' and no CONFIG_FILE, and these weights carry no config: "
         f"the file has no entry {' or '.join(map(repr, _ENTRIES))} beside its weights, and its "

@@ -28,6 +28,8 @@ class ModelConfig:
         what: how errors call it.
         content: instead of the file's: the text of a YAML config, or its keys; ``path`` is only its
             name then. Neither Python tags nor ``_BASE_`` are read there.
+        defaults: what a YAML file is merged into; ``None`` for Detectron2's own. A project's file
+            needs one with the project's keys.
 
     Raises:
         SourceUnavailable: if the file is not found.
@@ -35,7 +37,12 @@ class ModelConfig:
     """
 
     def __init__(
-        self, path: str, *, what: str, content: str | Mapping[str, Any] | None = None
+        self,
+        path: str,
+        *,
+        what: str,
+        content: str | Mapping[str, Any] | None = None,
+        defaults: CfgNode | None = None,
     ) -> None:
         found = find_file(path) if content is None else path
         if found is None:
@@ -46,7 +53,8 @@ class ModelConfig:
             )
         self.path = found
         try:
-            self._cfg = _read(found) if content is None else _merged(_parsed(content))
+            into = get_cfg() if defaults is None else defaults.clone()
+            self._cfg = _read(found, into) if content is None else _merged(_parsed(content), into)
         except Exception as e:  # YAML, Python and config errors alike
             raise ValueError(
                 f"{what}: '{found}' cannot be read as a Detectron2 config "
@@ -139,9 +147,9 @@ class ModelConfig:
         return not isinstance(self._cfg, CfgNode)
 
 
-def _read(path: str) -> Any:
+def _read(path: str, cfg: CfgNode) -> Any:
     if not (path.endswith(".py") or _is_saved_lazy(path)):
-        return _merged(CfgNode.load_yaml_with_base(path, allow_unsafe=True))
+        return _merged(CfgNode.load_yaml_with_base(path, allow_unsafe=True), cfg)
     lazy = LazyConfig.load(path)
     if "model" not in lazy:
         raise ValueError("it has no `model` node")
@@ -166,12 +174,12 @@ def _parsed(content: str | Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _merged(loaded: dict[str, Any]) -> CfgNode:
+def _merged(loaded: dict[str, Any], cfg: CfgNode) -> CfgNode:
     kd = loaded.pop("KD", None)
     # The config of a distilled model: what it trained is its student.
     if kd is not None and loaded["MODEL"].get("META_ARCHITECTURE") == "Distiller":
         loaded["MODEL"]["META_ARCHITECTURE"] = kd["STUDENT"]["META_ARCHITECTURE"]
-    cfg = get_cfg()
+    cfg.defrost()
     cfg.merge_from_other_cfg(CfgNode(loaded))
     return cfg
 

@@ -75,12 +75,14 @@ class FromFiles(Origin):
             `kd_det.sources.carried.carried_config`.
         weights: empty takes what the config names.
         sha256: of the weights; see `kd_det.sources.strict.load_strictly`.
+        defaults: what a YAML config is merged into; see `kd_det.sources.model_config.ModelConfig`.
     """
 
-    def __init__(self, config_file: str, weights: str, sha256: str) -> None:
+    def __init__(self, config_file: str, weights: str, sha256: str, defaults: Any = None) -> None:
         self._config_file = config_file
         self._weights = weights
         self._sha256 = sha256
+        self.defaults = defaults
 
     @property
     def config(self) -> ModelConfig:
@@ -88,9 +90,9 @@ class FromFiles(Origin):
         if "_config" not in self.__dict__:
             what = "The teacher"
             self._config = (
-                ModelConfig(self._config_file, what=what)
+                ModelConfig(self._config_file, what=what, defaults=self.defaults)
                 if self._config_file
-                else carried_config(self._weights, what=what)
+                else carried_config(self._weights, what=what, defaults=self.defaults)
             )
         return self._config
 

@@ -76,6 +76,8 @@ class Teacher(Source):
         model: an already loaded detector, instead of ``config_file`` and ``weights``; or any
             function, see `kd_det.detectors.Declared`.
         origin: where its network comes from, instead of all of these.
+        defaults: a config with the keys of your project, before files are merged, for a YAML
+            ``config_file`` with keys that Detectron2 does not know; a KD config gives its own.
 
     Raises:
         ValueError: if it is not said which network it is, or twice, or a value is unknown.
@@ -98,6 +100,7 @@ class Teacher(Source):
         gate_images: int = 500,
         model: nn.Module | None = None,
         origin: Origin | None = None,
+        defaults: Any = None,
     ) -> None:
         super().__init__()
         if [bool(config_file or weights), model is not None, origin is not None].count(True) != 1:
@@ -139,7 +142,8 @@ class Teacher(Source):
         self._counted: set[str] = set()
         self._stages: int | None = None  # of the student's box head, which gives the boxes
         if origin is None:
-            origin = Given(model) if model else FromFiles(config_file, weights, sha256)
+            files = FromFiles(config_file, weights, sha256, defaults)
+            origin = files if model is None else Given(model)
         self._origin = origin
 
     @property
