@@ -7,50 +7,15 @@ Detectron2's own training scripts, from a checkout of Detectron2 main, run disti
 lines that a user adds.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.d2_main.checkout import CHECKOUT, call, needed, with_two_lines
 from tests.toys import distiller_cfg, save_teacher
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
-CHECKOUT = os.environ.get("D2_CHECKOUT", "")
-
-pytestmark = [
-    pytest.mark.d2_main,
-    pytest.mark.skipif(not CHECKOUT, reason="D2_CHECKOUT names no Detectron2 main checkout"),
-    pytest.mark.skipif(
-        not (DATA / "coco").is_dir(), reason="the 27-image COCO stand-in is not beside the checkout"
-    ),
-]
-
-
-def with_two_lines(script: str, folder: Path) -> Path:
-    """The official script with `import kd_det` and `add_kd_config`, and nothing else changed."""
-    text = (Path(CHECKOUT) / "tools" / script).read_text()
-    before = "    cfg = get_cfg()\n"
-    assert text.count(before) == 1, f"{script} builds its config in another way"
-    text = text.replace(before, before + "    kd_det.add_kd_config(cfg)\n")
-    marker = "import logging\n"
-    assert text.count(marker) == 1
-    path = folder / script
-    path.write_text(text.replace(marker, "import kd_det\n" + marker))
-    return path
-
-
-def call(script: Path, *words: str) -> str:
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(DATA), "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [sys.executable, str(script), *words],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
-    return child.stdout + child.stderr
+pytestmark = needed
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +33,7 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("script", ["train_net.py", "plain_train_net.py"])
 def test_yacs_scripts_train_resume_and_evaluate(script, config, tmp_path):
-    path, out = with_two_lines(script, tmp_path), tmp_path / "out"
+    path, out = with_two_lines(f"tools/{script}", tmp_path), tmp_path / "out"
     common = ("--config-file", str(config), "OUTPUT_DIR", str(out))
     call(path, *common, "SOLVER.MAX_ITER", "7")  # the plain loop writes from the 7th on
     assert "loss_kd_fpn" in (out / "metrics.json").read_text()
@@ -80,7 +45,7 @@ def test_yacs_scripts_train_resume_and_evaluate(script, config, tmp_path):
     assert checkpoint["model"]._metadata[""]["kd"]["tensors"]  # the connectors
     stock = ("--config-file", str(out / "student.yaml"), "--eval-only")
     weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval"))
-    call(Path(CHECKOUT) / "tools" / script, *stock, *weights)
+    call(CHECKOUT / "tools" / script, *stock, *weights)
 
 
 LAZY = """
@@ -121,7 +86,7 @@ def test_the_lazyconfig_script_runs_unmodified(tmp_path):
     config, weights = save_teacher(tmp_path / "teacher", classes=80, fpn=16)
     lazy = tmp_path / "distilled.py"
     lazy.write_text(LAZY.replace("CONFIG", repr(config)).replace("WEIGHTS", repr(weights)))
-    script, out = Path(CHECKOUT) / "tools" / "lazyconfig_train_net.py", tmp_path / "out"
+    script, out = CHECKOUT / "tools" / "lazyconfig_train_net.py", tmp_path / "out"
     call(script, "--config-file", str(lazy), f"train.output_dir={out}")
     assert "loss_kd_fpn" in (out / "metrics.json").read_text()
     checkpoint = torch.load(out / "model_final.pth")
