@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.classes import class_names
 from kd_det.detectors import describe, probe
@@ -82,6 +83,7 @@ def wire(
         ValueError: if names or shapes do not fit; the message begins with the term.
         KeyError: if a tap or a source does not exist, with the nearest names.
     """
+    _check_unwrapped(student)
     for name in (*sources, *terms):
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(
@@ -139,6 +141,17 @@ def wire(
             for note in dict.fromkeys(row.note for row in wiring.rows[name] if row.note):
                 logger.info("Term '%s': %s.", name, note)
     return wiring
+
+
+def _check_unwrapped(student: nn.Module) -> None:
+    if isinstance(student, DistributedDataParallel) or hasattr(student, "_orig_mod"):
+        inside = next(name for name, _ in student.named_children())
+        raise ValueError(
+            f"The student is wrapped in {type(student).__name__}: its checkpoint would have the "
+            f"names '{inside}.*', and nobody knows its taps. Give the Distiller the detector "
+            "itself; wrap the Distiller in DistributedDataParallel, and compile in place: "
+            "student.backbone.compile()."
+        )
 
 
 @contextmanager

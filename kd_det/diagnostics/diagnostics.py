@@ -94,6 +94,11 @@ class Diagnostics:
         self.stopwatch.stop()
         if storage is None or not self.due(int(storage.iter)):
             return {}
+        if getattr(student, "_compiled_call_impl", None) is not None:
+            self._give_up(
+                "the student is compiled as a whole, and its graph no longer leads from the losses "
+                "to the features. Compile what is in it instead: student.backbone.compile()"
+            )
         self.stopwatch.start(storage, next(student.parameters()).device)
         presets = describe(student).presets()
         return {name: presets[name] for name in ("features",) if name in presets}
@@ -128,14 +133,17 @@ class Diagnostics:
                 norms[name] = gradient_norm(step.losses[f"loss_kd_{name}"], maps)
                 norms[f"{name}/task"] = shared if features else gradient_norm(task, maps)
         except RuntimeError as e:  # no reason to lose a run
-            self._no_gradients = True
-            logger.warning(
-                "kd/<term>/grad_ratio is not measured in this run: torch.autograd.grad of the "
-                "losses with respect to the student's features failed (%s).",
-                str(e).partition("\n")[0],
+            self._give_up(
+                "torch.autograd.grad of the losses with respect to the student's features failed "
+                f"({str(e).partition(chr(10))[0]})"
             )
             return {}
         return norms
+
+    def _give_up(self, why: str) -> None:
+        if not self._no_gradients:
+            logger.warning("kd/<term>/grad_ratio is not measured in this run: %s.", why)
+        self._no_gradients = True
 
     def _report(
         self,
