@@ -1,7 +1,6 @@
 """The wiring diagram: how a config becomes a Distiller."""
 
 import copy
-import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +16,7 @@ from kd_det.config import NAME, before_merging, check_enabled, student_config
 from kd_det.data.unlabelled import is_unlabelled
 from kd_det.diagnostics import Diagnostics
 from kd_det.distiller import Distiller
-from kd_det.fields import fields_of
+from kd_det.fields import arguments_of, fields_of
 from kd_det.inherit import Inherit
 from kd_det.record import write_run_record
 from kd_det.registry import SOURCES, TERMS, PartRegistry, did_you_mean
@@ -123,7 +122,7 @@ def build_items(
 def build_part(node: Mapping[str, Any], registry: PartRegistry, **offered: Any) -> Any:
     """Call the constructor that a node's TYPE names with the node's fields and what is offered."""
     cls = registry.get(node["TYPE"])
-    arguments = {k: v for k, v in offered.items() if k in inspect.signature(cls).parameters}
+    arguments = {k: v for k, v in offered.items() if k in arguments_of(cls)}
     for key, field in fields_of(cls).items():
         value = node[key]
         if field.nested is not None:

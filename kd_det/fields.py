@@ -53,6 +53,16 @@ def fields_of(cls: type) -> dict[str, Field]:
     Arguments that no config can carry (modules, callables) are left out.
     """
     fields: dict[str, Field] = {}
+    for name, (p, hint) in arguments_of(cls).items():
+        kind, is_path = _kind(hint)
+        if kind is not None:
+            fields[name.upper()] = Field(p.default, kind, is_path)
+    return fields
+
+
+def arguments_of(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """The keyword-only arguments of a part with their annotations, its own and then its bases'."""
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
     for base in cls.__mro__:
         init = base.__dict__.get("__init__")
         if init is None:
@@ -61,12 +71,10 @@ def fields_of(cls: type) -> dict[str, Field]:
         parameters = inspect.signature(init).parameters.values()
         for p in parameters:
             if p.kind is p.KEYWORD_ONLY:
-                kind, is_path = _kind(hints[p.name])
-                if kind is not None:
-                    fields.setdefault(p.name.upper(), Field(p.default, kind, is_path))
+                found.setdefault(p.name, (p, hints.get(p.name)))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return fields
+    return found
 
 
 def coerce(value: Any, field: Field, where: str) -> Any:

@@ -6,7 +6,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 
 import kd_det
-from kd_det.build import project_defaults
+from kd_det.build import build_part, project_defaults
+from kd_det.fields import fields_of
+from kd_det.registry import SOURCES
 from kd_det.sources import Teacher
 from tests.toys import save_teacher
 
@@ -85,3 +87,22 @@ def test_the_python_door(files):
     teacher = Teacher(config_file=config, weights=weights, defaults=defaults)
     assert len(teacher.shapes(("features",))["features"]) == 5
     assert defaults.MODEL.BIRDS.WINGS == 2
+
+
+class Louder(Teacher):
+    """Hands on what it does not know."""
+
+    def __init__(self, *, gain: float = 2.0, **teacher):
+        super().__init__(**teacher)
+        self.gain = gain
+
+
+def test_a_subclass_is_offered_the_defaults_too():
+    defaults = get_cfg()
+    node = CfgNode({"TYPE": "Louder", **{k: v.default for k, v in fields_of(Louder).items()}})
+    node.CONFIG_FILE = "birds.yaml"
+    SOURCES.register(Louder)
+    try:
+        assert build_part(node, SOURCES, defaults=defaults, other=1)._defaults is defaults
+    finally:
+        del SOURCES._obj_map["Louder"]
