@@ -16,8 +16,12 @@ from detectron2.modeling.meta_arch import RetinaNet
 from torch import nn
 
 from kd_det import registry
-from kd_det.regions import Padding
+from kd_det.build import build_items
+from kd_det.connectors import Connector
+from kd_det.regions import Padding, Region
+from kd_det.schedules import Constant
 from kd_det.sources import Targets, Teacher
+from kd_det.terms import CWD
 from tests.steps import step
 from tests.toys import distiller_cfg, save_teacher
 
@@ -106,3 +110,51 @@ def test_its_fields_are_checked_and_overridden(cfg: CfgNode) -> None:
 
 def test_it_is_short() -> None:
     assert len(block("python").splitlines()) < 40
+
+
+class Far(Region):
+    def __init__(self, *, reach: float = 1.0) -> None:
+        self.reach = reach
+
+
+class Wide(Connector):
+    def __init__(self, *, width: int = 4) -> None:
+        self.width = width
+
+
+class Late(Constant):
+    def __init__(self, *, hour: int = 1, **window: Any) -> None:
+        super().__init__(**window)
+        self.hour = hour
+
+
+class Sharp(CWD):
+    def __init__(self, *, edge: tuple[float, ...] = (1.0,), **cwd: Any) -> None:
+        super().__init__(**cwd)
+        self.edge = edge
+
+
+class Old(Teacher):
+    def __init__(self, *, name: str = "", **teacher: Any) -> None:
+        super().__init__(**teacher)
+        self.name = name
+
+
+def test_constructors_of_every_kind_are_fields(teacher: tuple[str, str]) -> None:
+    kinds = {"REGIONS": Far, "CONNECTORS": Wide, "SCHEDULES": Late, "TERMS": Sharp, "SOURCES": Old}
+    for name, cls in kinds.items():
+        getattr(registry, name).register(cls)
+    try:
+        parts = {"REGION": {"TYPE": "Far"}, "CONNECTOR": {"TYPE": "Wide"}, "SCHEDULE": "Late"}
+        cfg = distiller_cfg(teacher, {"FPN": {"TYPE": "Sharp", "EDGE": [2], **parts}})
+        old = {"TYPE": "Old", "NAME": "Ann"}
+        cfg.merge_from_other_cfg(CfgNode({"KD": {"SOURCES": {"TEACHER": old}}}))
+        for key, value in (("REGION.REACH", 3), ("CONNECTOR.WIDTH", 5), ("SCHEDULE.HOUR", 7)):
+            cfg.merge_from_list([f"KD.TERMS.FPN.{key}", value])
+        term = build_items(cfg.KD.TERMS, registry.TERMS, "KD.TERMS")["fpn"]
+        source = build_items(cfg.KD.SOURCES, registry.SOURCES, "KD.SOURCES")["teacher"]
+    finally:
+        for name, cls in kinds.items():
+            del getattr(registry, name)._obj_map[cls.__name__]
+    found = (term.region.reach, term.connector.width, term.schedule.hour, term.edge, source.name)
+    assert found == (3.0, 5, 7, (2.0,), "Ann")
