@@ -4,14 +4,14 @@ import argparse
 import sys
 
 from kd_det.engine import plain_errors
-from kd_det.tools import quickstart, taps
+from kd_det.tools import compare, export, plan, quickstart, taps, visualise
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input ends in one sentence on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m kd_det", description="Tools around kd_det.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for tool in (quickstart, taps):
+    for tool in (quickstart, plan, taps, compare, visualise, export):
         tool.add_parser(commands)
     args = parser.parse_args(argv)
     with plain_errors():

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,26 @@ def get_event_storage_or_none() -> "EventStorage | None":
         return events.get_event_storage()
     except (AssertionError, IndexError):  # IndexError: under `python -O`
         return None
+
+
+def tracing_adapter() -> Any:
+    """
+    Detectron2's ``TracingAdapter``. In 0.6 its package opens by importing Caffe2, which PyTorch no
+    longer has and this class does not need: there its own file is imported alone.
+    """
+    try:
+        package: Any = importlib.import_module("detectron2.export")
+    except ImportError:
+        spec = importlib.util.find_spec("detectron2.export")
+        assert spec is not None
+        package = types.ModuleType(spec.name)
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules[spec.name] = package
+        try:
+            package = importlib.import_module("detectron2.export.flatten")
+        finally:
+            del sys.modules[spec.name]  # who imports the package meets what they would have met
+    return package.TracingAdapter
 
 
 def create_local_process_group(workers_per_machine: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,19 +26,24 @@ _CLASS_KEYS = {
 _WITH_CLASS_MAPS = ("SemanticSegmentor", "PanopticFPN")
 
 
-def load_config(file: str, overrides: Sequence[Any]) -> CfgNode:
+def load_config(
+    file: str, overrides: Sequence[Any], extend: Sequence[Callable[[CfgNode], object]] = ()
+) -> CfgNode:
     """
     A config with the ``KD`` node, of a file and the command line's ``KEY VALUE`` pairs.
 
     Args:
         file: YAML; empty for none.
         overrides: key, value, key, value, ...
+        extend: each is given the config before files are merged: a project's ``add_x_config``.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if something cannot be read or does not exist; the message says where it stands.
     """
     cfg = get_cfg()
+    for add in extend:
+        add(cfg)
     add_kd_config(cfg)
     if file:
         if not PathManager.isfile(file):

@@ -114,7 +114,7 @@ def write_means(
         found = [by_seed[seed][run][score] for seed in seeds]
         best = [by_seed[seed]["distilled"][score] for seed in seeds]
         gains = [distilled - other for distilled, other in zip(best, found, strict=True)]
-        mean, half = float(np.mean(gains)), _half_interval(gains)
+        mean, half = float(np.mean(gains)), half_interval(gains)
         gap = "" if run in ("teacher", "distilled") else f"{mean:+.1f} ± {half:.1f}"
         each = " ".join(f"{value:.1f}" for value in found)
         row = means[run]
@@ -125,7 +125,7 @@ def write_means(
     return means
 
 
-def _half_interval(values: list[float]) -> float:
+def half_interval(values: list[float]) -> float:
     """Half of the 95 % interval of a mean; quantiles of Student's t for up to 10 values."""
     t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     n = len(values)

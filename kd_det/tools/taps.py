@@ -3,32 +3,42 @@
 import argparse
 from typing import Any
 
+from detectron2.config import get_cfg
 from tabulate import tabulate
 from torch import nn
 
 from kd_det.detectors import describe, probe
 from kd_det.sources.model_config import ModelConfig
 from kd_det.taps import Tap
+from kd_det.tools.options import add_command, add_import_argument, imported
 
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "taps",
-        help="list the taps of a detector with shapes, strides and calls",
-        description="Lists the presets of a detector, and with --all every module whose output can "
-        "be tapped, with channels, stride, and calls per forward. Reads no weights.",
+        "list the taps of a detector with shapes, strides and calls",
+        takes="the config of a detector, teacher or student. No weights are read.",
+        gives="its presets, the words for TAP, and with --all every module whose output can be "
+        "tapped, with channels, stride, and calls per forward.",
+        example="--config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml",
     )
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="YAML or LazyConfig .py"
     )
     parser.add_argument("--all", action="store_true", help="module paths too, not only presets")
+    add_import_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
-    print(tap_table(ModelConfig(args.config_file, what="taps").build("meta"), all_modules=args.all))
+    defaults = get_cfg()
+    for add in imported(args.imports):
+        add(defaults)
+    config = ModelConfig(args.config_file, what="taps", defaults=defaults)
+    print(tap_table(config.build("meta"), all_modules=args.all))
 
 
 def tap_table(model: nn.Module, *, all_modules: bool = False) -> str:

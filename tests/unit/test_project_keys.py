@@ -103,6 +103,6 @@ def test_a_subclass_is_offered_the_defaults_too():
     node.CONFIG_FILE = "birds.yaml"
     SOURCES.register(Louder)
     try:
-        assert build_part(node, SOURCES, defaults=defaults, other=1)._defaults is defaults
+        assert build_part(node, SOURCES, defaults=defaults, other=1)._origin.defaults is defaults
     finally:
         del SOURCES._obj_map["Louder"]
