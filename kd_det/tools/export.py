@@ -3,20 +3,26 @@
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from kd_det._compat import tracing_adapter
 from kd_det.config import student_config
-from kd_det.tools.options import add_command, add_run_arguments, run_config, trained_student
+from kd_det.tools.options import (
+    add_command,
+    add_run_arguments,
+    read_pixels,
+    run_config,
+    trained_student,
+)
 
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx"}
 """What a student can be traced to, and the name of the file."""
@@ -116,7 +122,7 @@ def sample_image(cfg: CfgNode, file: str | None, size: list[int] | None) -> Tens
 
     Raises:
         FileNotFoundError: if there is no such image.
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, or the file is no image.
     """
     if size is not None and min(size) < 1:
         raise ValueError(f"--size is a height and a width in pixels, but got {size[0]} {size[1]}.")
@@ -125,9 +131,7 @@ def sample_image(cfg: CfgNode, file: str | None, size: list[int] | None) -> Tens
         h, w = size or (short, min(round(short * 4 / 3), cfg.INPUT.MAX_SIZE_TEST))
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"There is no image '{file}' (working directory {os.getcwd()}).")
-    pixels = read_image(file, format=cfg.INPUT.FORMAT)
+    pixels = read_pixels(file, cfg.INPUT.FORMAT)
     if size is not None:
         resize = transforms.ResizeTransform(*pixels.shape[:2], *size)
     else:
@@ -157,7 +161,9 @@ def trace(model: nn.Module, image: Tensor, form: str, file: Path) -> str:
     image = image.to(next(model.parameters()).device)
     adapter = tracing_adapter()(model, [{"image": image}], _inference(model))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # Of every check of a shape in Detectron2; what comes out is checked below.
+            warnings.simplefilter("ignore")
             if form == "onnx":
                 # PyTorch's newer exporter cannot follow a detector's data-dependent shapes.
                 torch.onnx.export(adapter, (image,), str(file), opset_version=_OPSET, dynamo=False)
@@ -175,7 +181,21 @@ def trace(model: nn.Module, image: Tensor, form: str, file: Path) -> str:
     if traced is None:
         return f"{said}; not compared with the student, which needs the package onnxruntime"
     mirrored = image.flip(2)
-    expected, found = adapter(mirrored), traced(mirrored)
+    return compared(said, adapter(mirrored), traced(mirrored))
+
+
+def compared(said: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """
+    A sentence that two outputs are the same.
+
+    Args:
+        said: its beginning.
+        expected: of the student.
+        found: of the traced student.
+
+    Raises:
+        ValueError: if they are not.
+    """
     alike = [x.shape == y.shape for x, y in zip(expected, found, strict=True)]
     if not all(alike) or not all(map(_near, expected, found)):
         raise ValueError(
@@ -205,8 +225,8 @@ def _runner(file: Path, form: str) -> Callable[[Tensor], tuple[Tensor, ...]] | N
 
 def _inference(model: nn.Module) -> Callable[..., Any] | None:
     """An R-CNN without its pasting of masks, which cannot be traced; as Detectron2's own tool."""
-    if not isinstance(model, GeneralizedRCNN):
-        return None
+    if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:
+        return None  # a PanopticFPN's gives something else
 
     def inference(model: Any, inputs: Any) -> Any:
         return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
@@ -218,5 +238,5 @@ def _near(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x.float(), y.float(), rtol=_NEAR, atol=_NEAR)
 
 
-def _shapes(outputs: tuple[Tensor, ...]) -> str:
+def _shapes(outputs: Sequence[Tensor]) -> str:
     return ", ".join(" x ".join(map(str, x.shape)) or "a number" for x in outputs)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -161,6 +163,29 @@ def trained_student(cfg: CfgNode) -> nn.Module:
     model = build_model(student_config(cfg))
     load_strictly(model, cfg.MODEL.WEIGHTS, what="The student (MODEL.WEIGHTS)")
     return model.eval()
+
+
+def read_pixels(file: str, form: str) -> np.ndarray:
+    """
+    An image as ``(H, W, 3)`` uint8.
+
+    Args:
+        file: its path.
+        form: ``"RGB"`` or ``"BGR"``.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no image.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"There is no image '{file}' (working directory {os.getcwd()}). KEY VALUE pairs cannot "
+            "follow --images directly: put another option between."
+        )
+    try:
+        return read_image(file, format=form)
+    except OSError as e:
+        raise ValueError(f"'{file}' cannot be read as an image: {e}.") from e
 
 
 def _config_of(run: Path) -> str:

@@ -1,7 +1,6 @@
 """``python -m kd_det visualise``: what student and teacher see of an image, side by side."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -28,7 +26,13 @@ from kd_det.detectors import TapShape, describe, probe
 from kd_det.registry import SOURCES, did_you_mean
 from kd_det.sources.model_config import default_test_mapper
 from kd_det.taps import ROWS, Recorder
-from kd_det.tools.options import add_command, add_run_arguments, run_config, trained_student
+from kd_det.tools.options import (
+    add_command,
+    add_run_arguments,
+    read_pixels,
+    run_config,
+    trained_student,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -86,12 +90,6 @@ class View:
 
 def run(args: argparse.Namespace) -> None:
     """Load, draw, write."""
-    for file in args.images:
-        if not os.path.isfile(file):
-            raise FileNotFoundError(
-                f"There is no image '{file}' (working directory {os.getcwd()}). KEY VALUE pairs "
-                "cannot follow --images directly: put another option between."
-            )
     found = views(run_config(args), args.tap)
     draw(found, args.images, args.tap, _levels(found[0], args.levels), args.score, args.output)
     print(f"{args.output}: {', '.join(view.name for view in found)}")
@@ -148,7 +146,7 @@ def _levels(student: View, asked: list[str]) -> list[TapShape]:
     return [known[level] for level in asked] or student.shapes
 
 
-def look(view: View, file: str, tap: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
+def look(view: View, file: str, tap: str) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """
     What a detector predicts and what its maps are.
 
@@ -161,13 +159,8 @@ def look(view: View, file: str, tap: str) -> tuple[dict[str, Any], dict[int, Ten
         The prediction in the image's own pixels, and by stride ``(H, W)`` pictures of the maps,
         without the padding: mean over the channels of the absolute value.
 
-    Raises:
-        ValueError: if the file is no image.
     """
-    try:
-        inputs = view.mapper({"file_name": file})
-    except OSError as e:
-        raise ValueError(f"'{file}' cannot be read as an image: {e}.") from e
+    inputs = view.mapper({"file_name": file})
     detector, resolved = describe(view.model), describe(view.model).tap(tap)
     dtype = next(view.model.parameters()).dtype
     with torch.no_grad():
@@ -180,7 +173,7 @@ def look(view: View, file: str, tap: str) -> tuple[dict[str, Any], dict[int, Ten
         for shape in view.shapes:
             x = maps[shape.level][0]  # (C, H, W)
             inside = x[:, : -(-height // shape.stride), : -(-width // shape.stride)]
-            pictures[shape.stride] = inside.float().abs().mean(0).cpu()
+            pictures[shape.stride] = inside.float().abs().mean(0).cpu().numpy()
         return view.model([inputs])[0], pictures
 
 
@@ -202,13 +195,17 @@ def draw(
         levels: of the student; another detector shows its level of the same stride.
         least: score of a detection that is shown.
         output: the PNG.
+
+    Raises:
+        FileNotFoundError: if there is no such image.
+        ValueError: if a file is no image.
     """
     rows, columns = len(files) * len(found), 1 + len(levels)
-    shape = read_image(files[0], format="RGB").shape
+    images = [read_pixels(file, "RGB") for file in files]
+    shape = images[0].shape
     size = (2.6 * columns, 2.6 * rows * shape[0] / shape[1] + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for i, file in enumerate(files):
-        pixels = read_image(file, format="RGB")
+    for i, (file, pixels) in enumerate(zip(files, images, strict=True)):
         h, w = pixels.shape[:2]
         for view, line in zip(found, axes[i * len(found) :], strict=False):
             prediction, pictures = look(view, file, tap)
