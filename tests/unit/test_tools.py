@@ -2,11 +2,12 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from detectron2.modeling import build_model
 
-from kd_det.__main__ import main
+from kd_det.__main__ import argument_parser, main
 from kd_det.tools import report
 from kd_det.tools.quickstart import check, config_of
 from kd_det.tools.report import table, write_means, write_report
@@ -41,6 +42,16 @@ def test_bad_input_ends_in_a_sentence(capsys):
     said = capsys.readouterr().err
     assert said.startswith("kd_det: taps: there is no config file 'no/such.yaml'")
     assert "Traceback" not in said
+
+
+def test_the_page_of_commands_says_what_help_says():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text()
+    (commands,) = argument_parser()._subparsers._group_actions
+    for name, parser in commands.choices.items():
+        assert f"`{name}`" in page
+        _, _, said = parser.format_help().partition("\n\n")  # the usage is laid out as Python likes
+        block = page.partition(f"    $ python -m kd_det {name} --help\n")[2]
+        assert "".join(block.split()).startswith("".join(f"{parser.format_usage()}{said}".split()))
 
 
 def test_both_students_share_one_config_but_for_kd(tmp_path):
