@@ -159,7 +159,8 @@ def trace(model: nn.Module, image: Tensor, form: str, file: Path) -> str:
         ValueError: if the model cannot be traced, or the traced one gives something else.
     """
     image = image.to(next(model.parameters()).device)
-    adapter = tracing_adapter()(model, [{"image": image}], _inference(model))
+    # The exporter brings back the mode that it finds, in all of the adapter.
+    adapter = tracing_adapter()(model, [{"image": image}], _inference(model)).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Of every check of a shape in Detectron2; what comes out is checked below.
