@@ -95,8 +95,9 @@ class RunMetrics:
         return found
 
     def final(self, key: str) -> float | None:
-        """The last value of a scalar; ``None`` if it was never written."""
-        return next((float(row[key]) for row in reversed(self.rows) if key in row), None)
+        """The last value of a scalar, NaN as 0; ``None`` if it was never written."""
+        found = (float(np.nan_to_num(row[key])) for row in reversed(self.rows) if key in row)
+        return next(found, None)
 
     def sources(self, score: str) -> dict[str, float]:
         """The sources' own score, by name, where the run evaluated them."""

@@ -63,6 +63,13 @@ def test_a_resumed_run_counts_once_and_a_cut_line_not_at_all(tmp_path):
     assert RunMetrics.read("x", folder).curve("bbox/AP") == [(2, 1.0, 5.0), (4, 3.0, 10.0)]
 
 
+def test_a_detector_that_finds_nothing_has_0(tmp_path):
+    nothing = [{"iteration": 3, "lr": 0.1, "bbox/AP": float("nan"), "bbox/AP50": float("nan")}]
+    run = RunMetrics.read("x", write(tmp_path / "x", nothing))
+    assert run.curve("bbox/AP") == [(4, None, 0.0)]
+    assert run.final("bbox/AP50") == 0.0
+
+
 def test_the_command_writes_what_it_prints(folders, capsys):
     out = folders / "out"
     both = [str(folders / name) for name in ("plain", "distilled")]
