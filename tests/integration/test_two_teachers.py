@@ -72,8 +72,8 @@ def test_each_class_range_learns_from_its_own_teacher_only(kind):
         assert not torch.equal(found["people", 3][0], found["people", 4][0])
 
 
-def test_the_comparison_of_the_docs(tmp_path, monkeypatch):
-    """Its data, configs and wiring; what it finds is in docs/teacher.md."""
+def test_the_comparison_is_wired_by_name(tmp_path):
+    """Data, configs and classes of benchmarks/two_teachers.py; see the slow test for its result."""
     make_synthetic_coco(tmp_path / "data_seed1", seed=1, num_train=12, num_val=4)
     two_teachers.split(tmp_path / "data_seed1")
     counts = {}

@@ -153,6 +153,18 @@ def test_the_weight_of_the_task(teacher, weight):
         Distiller(student=plain(), sources={}, terms={}, task_loss_weight=-1)
 
 
+def test_a_task_of_no_weight_cannot_fail(teacher, monkeypatch):
+    model = distiller(teacher, TASK_LOSS_WEIGHT=0.0)
+    whole = model.student.losses
+    monkeypatch.setattr(
+        model.student, "losses", lambda *a: {k: v * float("nan") for k, v in whole(*a).items()}
+    )
+    losses = step(model, 0)
+    assert not any(task(losses).values())
+    sum(losses.values()).backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
 @pytest.mark.parametrize("kind", ["faster", "mask", "cascade"])
 def test_two_stage_students(kind):
     model = two_stage.pair(
