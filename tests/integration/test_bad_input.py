@@ -149,7 +149,14 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     # Files that are not there, or another kind of file.
     "no student's weights": ("MODEL.WEIGHTS gone.pth", ("MODEL.WEIGHTS is 'gone.pth'", "no such")),
     "student's weights": ("MODEL.WEIGHTS toy.json", ("MODEL.WEIGHTS is 'toy.json'", "pickle")),
-    "no teacher": (f"{S}.CONFIG_FILE ''", (S, "needs CONFIG_FILE", "config_file ''")),
+    "no teacher": (
+        f"{S}.CONFIG_FILE '' {S}.WEIGHTS ''",
+        (S, "needs CONFIG_FILE", "config_file ''"),
+    ),
+    "no teacher's config": (
+        f"{S}.CONFIG_FILE ''",
+        ("no CONFIG_FILE", "these weights carry no config", "student.yaml"),
+    ),
     "teacher's config": (f"{S}.CONFIG_FILE gone.yaml", ("no config file 'gone.yaml'", "Looked")),
     "JSON as config": (
         f"{S}.CONFIG_FILE toy.json",
