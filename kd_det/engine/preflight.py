@@ -16,6 +16,7 @@ from kd_det.data.coco import check_datasets
 from kd_det.data.unlabelled import is_unlabelled
 from kd_det.engine.errors import is_plain, sentence
 from kd_det.registry import did_you_mean
+from kd_det.sources.model_config import is_lazy
 from kd_det.sources.weights_file import check_whole
 
 _CLASS_KEYS = {
@@ -23,6 +24,7 @@ _CLASS_KEYS = {
     "GeneralizedRCNN": ("ROI_HEADS", "NUM_CLASSES"),
     "PanopticFPN": ("ROI_HEADS", "NUM_CLASSES"),
 }
+_COUNTING_SAMPLERS = ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler")
 _WITH_CLASS_MAPS = ("SemanticSegmentor", "PanopticFPN")
 
 
@@ -51,6 +53,11 @@ def load_config(
                 f"There is no config file '{file}' (working directory {os.getcwd()})."
             )
         with _read_from(f"The config '{file}'", cfg):
+            if is_lazy(file):
+                raise ValueError(
+                    "it is a LazyConfig, and what is asked for here is a YAML config. Detectron2's "
+                    "tools/lazyconfig_train_net.py trains it, distilled or not: docs/projects.md."
+                )
             cfg.merge_from_file(file)
     options = [word for word in overrides if str(word).startswith("--")]
     if options:
@@ -149,6 +156,18 @@ def _check_unlabelled(cfg: CfgNode, train: Sequence[str]) -> None:
         raise ValueError(
             f"The images of '{names[0]}' have no labels, and Detectron2 leaves images without "
             "objects out: set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
+        )
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler in _COUNTING_SAMPLERS:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN '{sampler}' counts the objects of every image, and those of "
+            f"'{names[0]}' have no labels: take 'TrainingSampler'."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON is True, and Detectron2 asks every training set what its keypoints "
+            f"are, which '{names[0]}', images without labels, cannot say: leave it out of "
+            "DATASETS.TRAIN."
         )
 
 

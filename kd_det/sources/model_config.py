@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -148,7 +149,7 @@ class ModelConfig:
 
 
 def _read(path: str, cfg: CfgNode) -> Any:
-    if not (path.endswith(".py") or _is_saved_lazy(path)):
+    if not is_lazy(path):
         return _merged(CfgNode.load_yaml_with_base(path, allow_unsafe=True), cfg)
     lazy = LazyConfig.load(path)
     if "model" not in lazy:
@@ -159,9 +160,14 @@ def _read(path: str, cfg: CfgNode) -> Any:
     return lazy
 
 
-def _is_saved_lazy(path: str) -> bool:
-    """Whether a YAML file is what `LazyConfig.save` writes: Detectron2's other keys are upper."""
-    with open(path, encoding="utf-8") as f:
+def is_lazy(path: str) -> bool:
+    """
+    Whether a file is a LazyConfig, or a YAML file that `LazyConfig.save` has written: Detectron2's
+    other keys are upper.
+    """
+    if path.endswith(".py"):
+        return True
+    with PathManager.open(path, encoding="utf-8") as f:
         return any(line.startswith("model:") for line in f)
 
 

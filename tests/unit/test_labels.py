@@ -12,7 +12,7 @@ from fvcore.nn import sigmoid_focal_loss
 from kd_det import Distiller, terms
 from kd_det.data import is_unlabelled, register_unlabelled
 from kd_det.detectors import describe
-from kd_det.engine import check_data
+from kd_det.engine import check_data, dry_run
 from kd_det.labels import is_labelled, labelled_first, run_student
 from tests import toys, two_stage
 from tests.configs import kd_cfg
@@ -245,10 +245,20 @@ def test_preflight(data):
     refused("TASK_LOSS_WEIGHT to 0", "DATASETS.TRAIN", ("labels_more",))
     refused("nothing can be evaluated", "DATASETS.TEST", ("labels_more",))
     refused("without distillation", "KD.ENABLED", False)
+    for sampler in ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler"):
+        refused(f"{sampler}' counts", "DATALOADER.SAMPLER_TRAIN", sampler)
+    refused("keypoints", "MODEL.KEYPOINT_ON", True)
     cfg = data.clone()
     cfg.merge_from_list(["DATASETS.TRAIN", ("labels_more",), "KD.TASK_LOSS_WEIGHT", 0])
     check_data(cfg, training=True)
     assert build_model(cfg).task_loss_weight == 0
+
+
+def test_the_dry_run_of_a_batch_without_labels(data):
+    data.merge_from_list(["DATASETS.TRAIN", ("labels_more",), "KD.TASK_LOSS_WEIGHT", 0])
+    said = dry_run(data)
+    assert "loss_cls 0, loss_box_reg 0, loss_kd_fpn" in said
+    assert "of the plain student's step" in said
 
 
 def test_a_later_layer_may_bring_the_labels(data, tmp_path):
