@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from kd_det._compat import d2_version
+from kd_det.data.unlabelled import is_unlabelled
 from kd_det.distiller import Distiller
 from kd_det.sources.strict import file_fingerprint
 
@@ -200,7 +201,7 @@ def _command() -> list[str]:
 
 
 def _baseline(cfg: CfgNode, distiller: Distiller | None) -> dict[str, Any]:
-    """The command that trains the same student on the same data for as long, undistilled."""
+    """The command that trains the same student on the same labels for as long, undistilled."""
     if distiller is None:
         return {"command": None, "reason": "This run is a plain student's: nothing is distilled."}
     if not any(word.split("=")[0] == "--config-file" for word in sys.argv):
@@ -209,9 +210,14 @@ def _baseline(cfg: CfgNode, distiller: Distiller | None) -> dict[str, Any]:
             "reason": "The command has no --config-file, so it may not take overrides: set "
             "KD.ENABLED to False and another OUTPUT_DIR where this script makes its config.",
         }
+    labelled = tuple(name for name in cfg.DATASETS.TRAIN if not is_unlabelled(name))
+    if not labelled:
+        return {"command": None, "reason": "DATASETS.TRAIN has no labels to train on without KD."}
     # Overrides come last on Detectron2's command lines, and the last one of a key wins.
-    folder = cfg.OUTPUT_DIR.rstrip("/") + "_baseline"
-    return {"command": shlex.join([*_command(), "KD.ENABLED", "False", "OUTPUT_DIR", folder])}
+    overrides = ["KD.ENABLED", "False", "OUTPUT_DIR", cfg.OUTPUT_DIR.rstrip("/") + "_baseline"]
+    if labelled != tuple(cfg.DATASETS.TRAIN):
+        overrides += ["DATASETS.TRAIN", repr(labelled)]
+    return {"command": shlex.join([*_command(), *overrides])}
 
 
 def _versions(*, gpus: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from kd_det.data.coco import register_coco
+from kd_det.data.unlabelled import forget_unlabelled, register_unlabelled
 from kd_det.record import NAME, commit_of, write_run_record
 from tests.configs import kd_cfg, plain
 from tests.steps import step
@@ -189,6 +190,27 @@ def test_where_there_is_no_baseline_a_sentence_says_why(
     baseline = read(cfg)["baseline"]
     assert baseline["command"] is None
     assert "--config-file" in baseline["reason"]
+
+
+def test_the_baseline_trains_on_what_has_labels(
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_unlabelled("bare_of_record", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", "a.yaml"])
+    try:
+        cfg.DATASETS.TRAIN = ("bare_of_record", "toy_of_record")
+        started(cfg)
+        words = shlex.split(read(cfg)["baseline"]["command"])
+        other = cfg.clone()
+        other.merge_from_list(words[4:])
+        assert other.DATASETS.TRAIN == ("toy_of_record",)
+        cfg.DATASETS.TRAIN = ("bare_of_record",)
+        started(cfg)
+        baseline = read(cfg)["baseline"]
+        assert baseline["command"] is None
+        assert "no labels" in baseline["reason"]
+    finally:
+        forget_unlabelled("bare_of_record")
 
 
 def test_commands_of_modules_and_of_several_processes(
