@@ -4,6 +4,7 @@ import argparse
 import csv
 import glob
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from tabulate import tabulate
 
 from kd_det.tools.metrics import CLOCKS, RunMetrics, common_score
-from kd_det.tools.options import add_command
+from kd_det.tools.options import add_command, made_folder
 from kd_det.tools.report import half_interval
 
 Groups = dict[str, list[RunMetrics]]
@@ -60,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
     groups = read_groups(args.runs)
     runs = [r for group in groups.values() for r in group]
     score = common_score(runs, args.score)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = made_folder(Path(args.output))
     write_csv(output / "compare.csv", groups, score)
     (output / "compare.json").write_text(json.dumps(summary(groups, score), indent=2) + "\n")
     draw(output / "compare.png", groups, score)
@@ -85,7 +85,9 @@ def read_groups(words: list[str]) -> Groups:
     named: list[tuple[str, Path]] = []
     unnamed = []
     for word in words:
-        name, equals, folder = word.rpartition("=")
+        name, equals, folder = word.partition("=")
+        if not equals or os.path.isdir(word) or os.sep in name:  # folders have such names, too
+            name, equals, folder = "", "", word
         found = sorted(glob.glob(folder)) or [folder]
         named += [(name, Path(f)) for f in found]
         unnamed += [] if equals else [Path(f) for f in found]

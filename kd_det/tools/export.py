@@ -19,6 +19,7 @@ from kd_det.config import student_config
 from kd_det.tools.options import (
     add_command,
     add_run_arguments,
+    made_folder,
     read_pixels,
     run_config,
     trained_student,
@@ -99,8 +100,7 @@ def write_plain(cfg: CfgNode, model: nn.Module, folder: Path) -> Path:
     Returns:
         The path of the weights.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.pth"
+    weights = made_folder(folder) / "model.pth"
     plain = student_config(cfg)
     plain.MODEL.WEIGHTS = str(weights)
     plain.OUTPUT_DIR = "./output"  # not the folder of the training

@@ -106,9 +106,11 @@ def imported(names: Sequence[str]) -> list[Extension]:
         name, _, function = word.partition(":")
         try:
             module = importlib.import_module(name)
-        except (ModuleNotFoundError, ValueError) as e:  # of an empty name
-            if isinstance(e, ModuleNotFoundError) and not f"{name}.".startswith(f"{e.name}."):
-                raise  # it is there, and imports something that is not
+        except (ModuleNotFoundError, ValueError, TypeError) as e:
+            is_path = name[:1] in ("", ".")  # which Python refuses by errors of its own
+            missing = isinstance(e, ModuleNotFoundError) and f"{name}.".startswith(f"{e.name}.")
+            if not (is_path or missing):
+                raise  # it is there, and what it does itself fails
             raise ValueError(
                 f"--import {word}: there is no module '{name}' (working directory {os.getcwd()}). "
                 "It is a dotted name, without .py, of a file here or on PYTHONPATH."
@@ -163,6 +165,20 @@ def trained_student(cfg: CfgNode) -> nn.Module:
     model = build_model(student_config(cfg))
     load_strictly(model, cfg.MODEL.WEIGHTS, what="The student (MODEL.WEIGHTS)")
     return model.eval()
+
+
+def made_folder(folder: Path) -> Path:
+    """
+    A folder to write to, with those above it.
+
+    Raises:
+        ValueError: if it is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--output: the folder {folder} cannot be made: {e.strerror}.") from e
+    return folder
 
 
 def read_pixels(file: str, form: str) -> np.ndarray:

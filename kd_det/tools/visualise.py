@@ -19,16 +19,18 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from kd_det.build import build_items
+from kd_det.build import build_items, project_defaults
 from kd_det.classes import dataset_classes
 from kd_det.config import student_config
 from kd_det.detectors import TapShape, describe, probe
 from kd_det.registry import SOURCES, did_you_mean
+from kd_det.sources import ScriptedTeacher
 from kd_det.sources.model_config import default_test_mapper
 from kd_det.taps import ROWS, Recorder
 from kd_det.tools.options import (
     add_command,
     add_run_arguments,
+    made_folder,
     read_pixels,
     run_config,
     trained_student,
@@ -90,6 +92,9 @@ class View:
 
 def run(args: argparse.Namespace) -> None:
     """Load, draw, write."""
+    made_folder(Path(args.output).parent)
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a folder: name a file in it, maps.png say.")
     found = views(run_config(args), args.tap)
     draw(found, args.images, args.tap, _levels(found[0], args.levels), args.score, args.output)
     print(f"{args.output}: {', '.join(view.name for view in found)}")
@@ -107,13 +112,14 @@ def views(cfg: CfgNode, tap: str) -> list[View]:
         ValueError: if a source is no detector, the tap gives no maps, or weights are missing.
         KeyError: if a detector has no such tap.
     """
-    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, "")
+    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     mapper = default_test_mapper(student_config(cfg), cfg.INPUT.FORMAT)
-    classes = dataset_classes(datasets[0]) or ()
+    classes = next(filter(None, map(dataset_classes, datasets)), ())
     found = [_view("student", trained_student(cfg), mapper, classes, tap)]
-    sources = build_items(cfg.KD.SOURCES, SOURCES, "KD.SOURCES") if cfg.KD.ENABLED else {}
+    nodes = cfg.KD.SOURCES if cfg.KD.ENABLED else {}
+    sources = build_items(nodes, SOURCES, "KD.SOURCES", defaults=project_defaults(cfg))
     for name, source in sources.items():
-        if not hasattr(source, "detector"):
+        if isinstance(source, ScriptedTeacher) or not hasattr(source, "detector"):
             raise ValueError(
                 f"KD.SOURCES.{name.upper()} is a {type(source).__name__}, which is no detector "
                 "that looks at an image by itself: leave it out with "
@@ -222,7 +228,6 @@ def draw(
     for ax, level in zip(axes[0][1:], levels, strict=True):
         ax.set_title(f"{tap} {level.level}, 1/{level.stride}", fontsize=9)
     figure.tight_layout()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=90, format="png")
     plt.close(figure)
 

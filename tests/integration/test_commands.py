@@ -1,5 +1,6 @@
 """``python -m kd_det plan``, ``export`` and ``visualise``, on one short distilled run."""
 
+import importlib
 import importlib.util
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from kd_det.__main__ import main
+from kd_det.data.synthetic import CLASSES
 from kd_det.engine import Trainer, load_config
 from kd_det.tools import export, visualise
 from tests.synthetic import synthetic_run
@@ -155,6 +157,8 @@ def test_export_to_onnx(folder, image, tmp_path, capsys):
         (["--run", "{run}", "--format", "torchscript", "--image", "no.png"], "no image 'no.png'"),
         (["--import", "no_such_project", "--run", "{run}"], "there is no module 'no_such_project'"),
         (["--import", "kd_det:add_kd", "--run", "{run}"], "no function 'add_kd'. Did you mean"),
+        (["--import", "./mine.py", "--run", "{run}"], "there is no module './mine.py'"),
+        (["--output", "{run}/config.yaml", "--run", "{run}"], "config.yaml cannot be made"),
     ],
 )
 def test_export_says_what_is_missing(folder, tmp_path, capsys, monkeypatch, words, says):
@@ -192,7 +196,9 @@ def test_visualise_draws_student_and_teacher(folder, image, tmp_path, capsys):
 
     weights = str(folder / "run" / "model_final.pth")
     cfg = load_config(str(folder / "run/config.yaml"), ["MODEL.WEIGHTS", weights])
+    cfg.DATASETS.TRAIN = ("without_names", *cfg.DATASETS.TRAIN)
     student, teacher = visualise.views(cfg, "features")
+    assert list(student.classes) == list(CLASSES)
     inputs = student.mapper({"file_name": str(wide)})
     prediction, pictures = visualise.look(student, str(wide), "features")
     assert prediction["instances"].image_size == (60, 100)
@@ -213,12 +219,30 @@ def test_visualise_draws_student_and_teacher(folder, image, tmp_path, capsys):
         (["--images", "{image}", "--levels", "p9"], "the student has no level 'p9'"),
         (["--images", "{image}", "--tap", "featurs"], "Did you mean"),
         (["--images", "{run}/config.yaml"], "cannot be read as an image"),
+        (["--output", "{run}", "--images", "{image}"], "is a folder: name a file in it"),
     ],
 )
 def test_visualise_says_what_is_missing(folder, image, tmp_path, capsys, words, says):
     words = [word.format(image=image, run=folder / "run") for word in words]
-    words += ["--output", str(tmp_path / "x.png"), "--run", str(folder / "run")]
-    assert says in refused(capsys, "visualise", *words)
+    words += ["--run", str(folder / "run")]
+    assert says in refused(capsys, "visualise", "--output", str(tmp_path / "x.png"), *words)
+
+
+def test_a_script_has_nothing_to_draw(folder, image, tmp_path, capsys):
+    script = "{SCRIPT: {TYPE: ScriptedTeacher, WEIGHTS: net.pt}, TEACHER: {ENABLED: False}}"
+    config = tmp_path / "scripted.yaml"
+    config.write_text(f"_BASE_: {folder}/run/config.yaml\nKD: {{SOURCES: {script}}}")
+    words = ["--config-file", str(config), "--images", image, "--output", str(tmp_path / "x.png")]
+    words += ["MODEL.WEIGHTS", str(folder / "run" / "model_final.pth")]
+    assert "out with KD.SOURCES.SCRIPT.ENABLED False" in refused(capsys, "visualise", *words)
+    assert main(["visualise", *words, "KD.SOURCES.SCRIPT.ENABLED", "False"]) == 0
+
+
+def test_a_lazyconfig_is_no_config_of_a_command(tmp_path, capsys):
+    for name, text in (("lazy.py", "model = None"), ("saved.yaml", "dataloader: 1\nmodel: 2\n")):
+        (tmp_path / name).write_text(text)
+        said = refused(capsys, "plan", "--config-file", str(tmp_path / name))
+        assert f"{name}': it is a LazyConfig" in said
 
 
 PROJECT = """
@@ -233,6 +257,14 @@ class CommandsNet(RetinaNet):
 
 def add_commands_config(cfg):
     cfg.MODEL.COMMANDS = type(cfg)({"DEPTH": 1})
+"""
+DISTILLED = """
+_BASE_: "net.yaml"
+MODEL: {META_ARCHITECTURE: "Distiller"}
+KD:
+  ENABLED: True
+  STUDENT: {META_ARCHITECTURE: "CommandsNet"}
+  SOURCES: {TEACHER: {TYPE: "Teacher", CONFIG_FILE: "net.yaml", WEIGHTS: "net.pth"}}
 """
 
 
@@ -257,5 +289,10 @@ def test_a_project_is_imported_first(tmp_path, monkeypatch, capsys):
         torch.save({"model": build_model(plain).state_dict()}, weights)
         assert main(["export", *words, "--output", str(tmp_path / "out")]) == 0
         assert "META_ARCHITECTURE: CommandsNet" in (tmp_path / "out/student.yaml").read_text()
+        distilled = tmp_path / "distilled.yaml"
+        distilled.write_text(DISTILLED)
+        add = [importlib.import_module("commands_project").add_commands_config]
+        found = visualise.views(load_config(str(distilled), [], add), "features")
+        assert [type(view.model).__name__ for view in found] == ["CommandsNet"] * 2
     finally:
         META_ARCH_REGISTRY._obj_map.pop("CommandsNet", None)

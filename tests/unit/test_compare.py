@@ -107,6 +107,15 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
     assert list(read_groups(folders)) == ["a/output", "b/output"]
 
 
+@pytest.mark.parametrize("name", ["lr=0.1", "a,lr=0.1,wd=1e-4"])
+def test_folders_may_have_an_equals_sign(tmp_path, name):
+    folder = str(write(tmp_path / name / "out=1", rows(10.0)))
+    other = write(tmp_path / "other", rows(10.0))
+    assert list(read_groups([folder, str(other)])) == ["out=1", "other"]
+    (run,) = read_groups([f"fast={folder}"])["fast"]
+    assert str(run.folder) == folder
+
+
 def test_other_test_data_are_named(folders, capsys):
     write(folders / "other", rows(50.0), plan={}, sha="b")
     main(["compare", str(folders / "plain"), str(folders / "other"), "--output", str(folders)])
