@@ -142,7 +142,7 @@ def _sources(distiller: Distiller) -> dict[str, Any]:
         name: {
             "type": type(source).__name__,
             "config_file": getattr(source, "config_file", None),
-            "weights": getattr(source, "weights", None),
+            "weights": getattr(source, "weights_file", None),
             "fingerprint": source.fingerprint() or None,
         }
         for name, source in distiller.wiring.sources.items()

@@ -25,6 +25,11 @@ class Origin:
         return "BGR"
 
     @property
+    def config_file(self) -> str:
+        """File that says what the network is; empty where there is none."""
+        return ""
+
+    @property
     def weights(self) -> str:
         """File of the weights; empty where there is none."""
         return ""
@@ -99,6 +104,10 @@ class FromFiles(Origin):
     @property
     def input_format(self) -> str:  # noqa: D102  # as in the base
         return self.config.input_format
+
+    @property
+    def config_file(self) -> str:  # noqa: D102  # as in the base
+        return self._config_file or self.config.path
 
     @property
     def weights(self) -> str:  # noqa: D102  # as in the base

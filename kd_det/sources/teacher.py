@@ -152,6 +152,11 @@ class Teacher(Source):
         return self._input_format or self._origin.input_format
 
     @property
+    def config_file(self) -> str:
+        """The config that says what it is; empty for a given ``model`` and for a script."""
+        return self._origin.config_file
+
+    @property
     def weights_file(self) -> str:
         """The checkpoint that is loaded; empty for a given ``model``, or if none is named."""
         return self._origin.weights
