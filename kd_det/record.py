@@ -141,8 +141,8 @@ def _sources(distiller: Distiller) -> dict[str, Any]:
     return {
         name: {
             "type": type(source).__name__,
-            "config_file": getattr(source, "config_file", None),
-            "weights": getattr(source, "weights_file", None),
+            "config_file": getattr(source, "config_file", None) or None,
+            "weights": getattr(source, "weights_file", None) or None,
             "fingerprint": source.fingerprint() or None,
         }
         for name, source in distiller.wiring.sources.items()

@@ -107,7 +107,7 @@ class FromFiles(Origin):
 
     @property
     def config_file(self) -> str:  # noqa: D102  # as in the base
-        return self._config_file or self.config.path
+        return self.config.path
 
     @property
     def weights(self) -> str:  # noqa: D102  # as in the base
