@@ -321,14 +321,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full",
         action="store_true",
-        help=f"seeds {FULL.seeds}, {FULL.students} iterations: hours on a CPU. Without it seed 1 "
+        help=f"seeds {FULL.seeds}, {FULL.students} iterations: an hour and more. Without it seed 1 "
         f"and {SHORT.students} iterations, some 20 minutes: no ranking",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the plan's")
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", choices=tuple(METHODS), help=", ".join(METHODS)
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8),
+        metavar="N",
+        help="runs at a time (default: one per core, 8 at most; on a GPU one)",
+    )
     parser.add_argument(
         "--output", metavar="DIR", help="default: output/methods, or output/methods_full"
     )
