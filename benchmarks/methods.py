@@ -322,7 +322,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--full",
         action="store_true",
         help=f"seeds {FULL.seeds}, {FULL.students} iterations: an hour and more. Without it seed 1 "
-        f"and {SHORT.students} iterations, some 20 minutes: no ranking",
+        f"and {SHORT.students} iterations, some 15 minutes: no ranking",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the plan's")
     parser.add_argument(
