@@ -141,7 +141,8 @@ class Distiller(KDStateMixin, nn.Module):
                 if (storage.iter + 2) % self.log_period == 0:
                     put_levels(step, self.wiring, storage, self._queue)
                 self.diagnostics.end(step, self.wiring, storage, self._queue)
-        self._release_finished(progress)
+        for name in self._over(progress):
+            self.wiring.sources[name].release()
         return step.losses
 
     def _step(
@@ -153,7 +154,8 @@ class Distiller(KDStateMixin, nn.Module):
             for name, term in self.wiring.terms.items()
         }
         active = [name for name, weight in weights.items() if weight > 0]
-        taps = self.wiring.student_taps(active)
+        over = self._over(progress)
+        taps = self.wiring.student_taps(active, over)
         inputs = labelled_first(inputs)
         uploaded = with_images_on(next(self.student.parameters()).device, inputs)
         losses, seen = run_student(
@@ -168,7 +170,7 @@ class Distiller(KDStateMixin, nn.Module):
         context = Context(uploaded, self.input_format, self.student, maps, progress)
 
         targets = {}
-        for name, asked in self.wiring.source_taps(active).items():
+        for name, asked in self.wiring.source_taps(active, over).items():
             source = self.wiring.sources[name]
             source.prepare(self.wiring.all_source_taps[name])
             with self.diagnostics.stopwatch.source(name):
@@ -273,9 +275,11 @@ class Distiller(KDStateMixin, nn.Module):
         """
         return "" if self._last is None else self._last.explain()
 
-    def _release_finished(self, progress: float) -> None:
-        """Free the sources that no term needs until the end of the run."""
-        for name, source in self.wiring.sources.items():
-            users = [t for n, t in self.wiring.terms.items() if self.wiring.source_of[n] == name]
-            if all(t.schedule.finished(progress, self.max_iter) for t in users):
-                source.release()
+    def _over(self, progress: float) -> list[str]:
+        """Names of the sources that no term needs until the end of the run."""
+        needed = {
+            self.wiring.source_of[name]
+            for name, term in self.wiring.terms.items()
+            if not term.schedule.finished(progress, self.max_iter)
+        }
+        return [name for name in self.wiring.sources if name not in needed]

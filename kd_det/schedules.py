@@ -112,16 +112,44 @@ class Warmup(Schedule):
 
 @SCHEDULES.register()
 class Ramp(Schedule):
-    """``min(1, rate * progress)``; the rate 1.25 is OKDCR's (it reaches 1 at 80 % of the run)."""
+    """
+    Up to 1, and then 1.
 
-    def __init__(self, *, rate: float = 1.25, **window: Any) -> None:
+        linear: t,   sigmoid: exp(-5 (1 - t)^2),
+        t = min(1, rate * (progress - begin) / (1 - begin))
+
+    OKDCR's is the default, which reaches 1 at 80 % of the run; PS-KD's is ``rate=1`` (with its 0.8
+    as the term's weight); FRSKD's for segmentation, silent for 40 of 60 epochs, is ``rate=1,
+    begin=2/3, form="sigmoid"``.
+
+    Args:
+        rate: how fast, > 0; 1 reaches the top at the end of the run.
+        begin: share of the run, in [0, 1), before which the factor is 0.
+        form: ``"linear"`` or ``"sigmoid"``.
+
+    Raises:
+        ValueError: if a value is out of range or unknown.
+    """
+
+    def __init__(
+        self, *, rate: float = 1.25, begin: float = 0.0, form: str = "linear", **window: Any
+    ) -> None:
         super().__init__(**window)
-        if not rate > 0:
-            raise ValueError(f"Ramp needs rate > 0, but got {rate}.")
+        if not (rate > 0 and 0 <= begin < 1):
+            raise ValueError(
+                f"Ramp needs rate > 0 and 0 <= begin < 1, but got rate {rate} and begin {begin}."
+            )
+        if form not in ("linear", "sigmoid"):
+            raise ValueError(f"Ramp's form is linear or sigmoid, but got '{form}'.")
         self.rate = rate
+        self.begin = begin
+        self.form = form
 
     def factor(self, progress: float, max_iter: int | None) -> float:  # noqa: D102  # as in the base
-        return min(1.0, self.rate * progress)
+        if progress < self.begin:
+            return 0.0
+        t = min(1.0, self.rate * (progress - self.begin) / (1 - self.begin))
+        return t if self.form == "linear" else math.exp(-5 * (1 - t) ** 2)
 
 
 @SCHEDULES.register()

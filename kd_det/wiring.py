@@ -1,7 +1,7 @@
 """Wiring: terms are tied to taps of the student and of their sources, and sized."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -46,17 +46,28 @@ class Wiring:
     rows: dict[str, list[PlanRow]] = field(default_factory=dict)
     unavailable: SourceUnavailable | None = None
 
-    def student_taps(self, active: Iterable[str]) -> dict[str, Tap]:
-        """The student's taps that these terms, and the sources behind them, read."""
+    def student_taps(self, active: Iterable[str], over: Collection[str] = ()) -> dict[str, Tap]:
+        """The student's taps that these terms, and the sources of `source_taps`, read."""
         active = list(active)
         names = [tap for term in active for tap in self.terms[term].student_taps()]
-        for source, asked in self.source_taps(active).items():
+        for source, asked in self.source_taps(active, over).items():
             names += self.sources[source].student_taps(asked)
         return {name: self.taps[name] for name in dict.fromkeys(names)}
 
-    def source_taps(self, active: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """For every source that these terms read, the names of the taps."""
-        asked: dict[str, list[str]] = {}
+    def source_taps(
+        self, active: Iterable[str], over: Collection[str] = ()
+    ) -> dict[str, tuple[str, ...]]:
+        """
+        For every source that runs, the names of the taps that these terms read.
+
+        Args:
+            active: names of terms.
+            over: names of sources that no term needs any more: the others run where they learn
+                (`Source.learns`), whether a term reads them or not.
+        """
+        asked: dict[str, list[str]] = {
+            name: [] for name, source in self.sources.items() if source.learns and name not in over
+        }
         for term in active:
             asked.setdefault(self.source_of[term], []).extend(self.terms[term].source_taps())
         return {source: tuple(dict.fromkeys(taps)) for source, taps in asked.items()}
@@ -114,6 +125,9 @@ def wire(
         source.targets_saved = any(term.saves_target for term in users)
     detector = describe(student)
     with preserved_rng():
+        for name, source in wiring.sources.items():
+            with _named(f"Source '{name}'"):
+                source.attach(student)
         for name, term in kept.items():
             with _named(f"Term '{name}'"):
                 wiring.taps.update({tap: detector.tap(tap) for tap in term.student_taps()})

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from detectron2.structures import Boxes
-from torch import Tensor
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 
-from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.detector import Depth, Detector, running_values, set_running_values
 from kd_det.detectors.pieces import bottom_up, coordinates, head_branches, in_turn, stages
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
@@ -112,6 +113,20 @@ class DenseDetector(Detector):
             *map(branch, head_branches(self.model.head).values()),
             Depth(("backbone", "head"), lambda x: self.model.head(features(x))),
         ]
+
+    def dense_head(self) -> nn.Module:  # noqa: D102  # as in the base
+        return self.model.head
+
+    def dense_losses(  # noqa: D102  # as in the base
+        self, inputs: list[dict[str, Any]], features: list[Tensor], predictions: Any
+    ) -> dict[str, Tensor]:
+        images = self.model.preprocess_image(inputs)
+        instances = [x["instances"].to(features[0].device) for x in inputs]
+        kept = running_values(self.model)
+        with EventStorage(0):  # num_pos_anchors was counted by the detector's own forward
+            losses = self.model.forward_training(images, features, predictions, instances)
+        set_running_values(self.model, kept)
+        return losses
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.anchor_generator(features)

@@ -139,6 +139,36 @@ class Detector:
         """
         raise ValueError(f"{type(self.model).__name__} has no anchors that kd_det knows of.")
 
+    def dense_head(self) -> nn.Module:
+        """
+        The head that predicts at every cell: from a list of maps, one per level of ``features``, to
+        lists of maps, the class logits and box deltas first.
+
+        Raises:
+            ValueError: if the architecture has none.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} has no dense head that could be had a second time "
+            "(RetinaNet, FCOS and other DenseDetectors have)."
+        )
+
+    def dense_losses(
+        self, inputs: list[dict[str, Any]], features: list[Tensor], predictions: Any
+    ) -> dict[str, Tensor]:
+        """
+        The detector's own training losses of maps and predictions that are not its own. Its running
+        values stay as they are.
+
+        Args:
+            inputs: Detectron2's batched inputs, with ground truth.
+            features: what a head like `dense_head` was given.
+            predictions: what that head returned.
+
+        Raises:
+            ValueError: as in `dense_head`.
+        """
+        raise ValueError(f"{type(self.model).__name__} has no losses of a dense head.")
+
     def named_taps(self) -> dict[str, Tap]:
         """The presets, and behind them those of the box head."""
         roi_head = self.roi_head()

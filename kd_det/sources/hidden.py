@@ -12,15 +12,18 @@ class Hidden(nn.Module):
     Holds a module outside of ``parameters()``, ``state_dict()``, ``modules()``, DDP, optimizers and
     EMA copies, and still passes ``.to()``, ``.half()``, ``.cuda()`` on to it.
 
-    A deepcopy shares the held module instead of copying it, which is right for what is frozen.
     A module that comes later (`hold`) is brought to where the owner has been moved meanwhile.
+
+    Args:
+        shared: whether a deepcopy shares the held module instead of copying it, which is right for
+            what never changes.
     """
 
     _place: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = True) -> None:
         super().__init__()
-        self.__dict__["_box"] = Shared(None)
+        self.__dict__["_box"] = Shared(None) if shared else Box(None)
         # Moves with the owner and remembers where to; empty, and in no state_dict.
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
@@ -43,11 +46,15 @@ class Hidden(nn.Module):
         return self
 
 
-class Shared:
-    """A reference to a module that no module tree shows and that deepcopy shares."""
+class Box:
+    """A reference to a module that no module tree shows."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self.module = module
+
+
+class Shared(Box):
+    """One that deepcopy shares."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

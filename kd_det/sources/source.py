@@ -41,6 +41,24 @@ class Source(nn.Module):
     Whether a term may save the targets for its backward, see `Term.saves_target`; the wiring says
     so. Where none does, they may be inference tensors.
     """
+    learns: bool = False
+    """
+    Whether it runs in every step until its terms are over, and not only in those where a term
+    counts: an average follows the student, a self-teacher has a task loss. In the other steps it is
+    asked for no taps.
+    """
+
+    def attach(self, student: nn.Module) -> None:
+        """
+        Meet the student, for a source that is made of it; called once, first of all. Its weights
+        may be loaded later, and it may move to another device.
+
+        Args:
+            student: the detector. It must not become a submodule.
+
+        Raises:
+            ValueError: if nothing can be made of this one.
+        """
 
     def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:
         """

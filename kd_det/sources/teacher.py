@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,11 +18,12 @@ from kd_det.registry import SOURCES
 from kd_det.rng import preserved_rng
 from kd_det.sources.compiled import compile_between_taps
 from kd_det.sources.fold import fold_batch_norm
+from kd_det.sources.forward import PartialForward
 from kd_det.sources.hidden import Hidden
 from kd_det.sources.origin import FromFiles, Given, Origin
 from kd_det.sources.source import Source, Targets
 from kd_det.sources.weights_file import check_sha256
-from kd_det.taps import ROWS, Maps, Recorder, Tap
+from kd_det.taps import ROWS, Maps, Tap
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Teacher(Source):
         sha256 = check_sha256(sha256)
         self.precision = precision
         self.fold_batch_norm = fold_batch_norm
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.run = PartialForward(torch.channels_last if channels_last else torch.contiguous_format)
         self.compile_forward = compile  # not `compile`, which is a method of nn.Module
         self.scale = float(scale)
         self.classes = tuple(classes)
@@ -138,8 +138,6 @@ class Teacher(Source):
         self.hidden = Hidden()
         self._input_format = input_format
         self._fingerprint = ""
-        self._expected_calls: dict[str, int] = {}
-        self._counted: set[str] = set()
         self._stages: int | None = None  # of the student's box head, which gives the boxes
         if origin is None:
             files = FromFiles(config_file, weights, sha256, defaults)
@@ -174,8 +172,7 @@ class Teacher(Source):
         architecture = self._origin.architecture()
         resolved = self._resolved(describe(architecture), taps)
         shapes = probe(architecture, resolved, class_names(self.classes or self._origin.dataset))
-        for tap in resolved:
-            self._expected_calls.update(dict.fromkeys(tap.paths, shapes[tap.name][0].calls))
+        self.run.expect(resolved, shapes)
         return {
             name: [self._in_students_pixels(s) for s in found] for name, found in shapes.items()
         }
@@ -204,7 +201,7 @@ class Teacher(Source):
         _cast(model, _PRECISIONS[self.precision])
         if self.compile_forward:
             compile_between_taps(model, detector.depths()[-1].reaches, tapped)
-        self.hidden.hold(model.to(memory_format=self.memory_format))  # type: ignore[call-overload]
+        self.hidden.hold(model.to(memory_format=self.run.memory_format))  # type: ignore[call-overload]
 
     def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
         """
@@ -216,31 +213,13 @@ class Teacher(Source):
         """
         model = self.hidden.held
         assert model is not None, "prepare() comes before forward()"
-        detector = describe(model)
-        resolved = self._resolved(detector, taps)
-        on_images = [tap for tap in resolved if tap.kind not in ROWS]
-        roi_head = detector.roi_head() if len(on_images) < len(resolved) else None
-        if roi_head is not None:
-            on_images.append(roi_head.features)
+        resolved = self._resolved(describe(model), taps)
+        rois = self._rois(context) if any(tap.kind in ROWS for tap in resolved) else {}
         # Inference mode spares the bookkeeping of views and versions, but autograd refuses to save
         # what comes out of it.
         no_grad = torch.no_grad if self.targets_saved else torch.inference_mode
-        with (
-            no_grad(),
-            torch.autocast(self.hidden._place.device.type, enabled=False),
-            Recorder(model, [*resolved, *on_images], self._expected_calls) as recorder,
-        ):
-            # Not `precision`: the owner may have been cast since (.half(), .double()).
-            dtype = next((p.dtype for p in model.parameters()), torch.float32)
-            cast = partial(Tensor.to, dtype=dtype, memory_format=self.memory_format)
-            # A tap's first forward runs to its end, to see that it fires no more than expected.
-            paths = {tap.path for tap in on_images}
-            calls = self._expected_calls if paths <= self._counted else None
-            detector.run_batch(self._inputs(context), on_images, cast, calls)
-            self._counted |= paths
-            if roi_head is not None:
-                roi_head.run(recorder.maps(roi_head.features), self._rois(context))
-        return Targets({tap.name: recorder.maps(tap) for tap in resolved})
+        with no_grad(), torch.autocast(self.hidden._place.device.type, enabled=False):
+            return Targets(self.run(model, resolved, self._inputs(context), rois))
 
     def _resolved(self, detector: Detector, taps: tuple[str, ...]) -> list[Tap]:
         """Taps by name; of the box head the stages that the student has too."""

@@ -31,6 +31,13 @@ def at(schedule, iteration):
         (Warmup(warmup_iters=10, start_iter=20), {19: 0, 20: 0.1, 29: 1, 99: 1}),
         (Ramp(), {0: 0, 40: 0.5, 80: 1, 100: 1}),
         (Ramp(rate=2.0, stop_iter=60), {25: 0.5, 59: 1, 60: 0}),
+        (Ramp(rate=1.0), {0: 0, 30: 0.3, 100: 1}),  # PS-KD
+        (Ramp(rate=1.0, begin=0.5), {0: 0, 50: 0, 75: 0.5, 100: 1}),
+        (  # FRSKD's, of segmentation; 0.00673795 = exp(-5)
+            Ramp(rate=1.0, begin=0.4, form="sigmoid"),
+            {39: 0, 40: 0.00673795, 70: math.exp(-1.25), 100: 1},
+        ),
+        (Ramp(rate=4.0, form="sigmoid"), {0: 0.00673795, 25: 1, 50: 1}),
         (Cosine(), {0: 1, 50: 0.5, 100: 0}),
         (Cosine(end=0.2), {0: 1, 50: 0.6, 100: 0.2}),
         (Cosine(), {25: 0.5 * (1 + math.sqrt(0.5))}),
@@ -113,6 +120,9 @@ def test_iterations_need_the_length_of_the_run(schedule):
         (lambda: Constant(every=0), "every is at least 1, but got 0"),
         (lambda: Warmup(warmup_iters=0), "warmup_iters >= 1, but got 0"),
         (lambda: Ramp(rate=0.0), "rate > 0"),
+        (lambda: Ramp(begin=1.0), "begin 1.0"),
+        (lambda: Ramp(begin=-0.1), "begin -0.1"),
+        (lambda: Ramp(form="cubic"), "linear or sigmoid, but got 'cubic'"),
         (lambda: Ramp(rate=float("nan")), "rate > 0"),
         (lambda: Cosine(end=-0.1), "end >= 0"),
         (lambda: Step(), "ascending steps"),

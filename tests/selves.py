@@ -1,0 +1,39 @@
+"""Toy students that are their own teachers."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from tests.steps import step
+from tests.toys import batch, distiller_cfg
+
+INPUTS = batch(((128, 128), (100, 120)))  # with padding
+AT = {"TYPE": "AT", "TAP": "features", "SOURCE_TAP": "refined", "WEIGHT": 100.0}
+PI = {"TYPE": "PI", "TAP": "cls_logits", "MODE": "sigmoid", "NORMALIZER": "positives"}
+FPN = {"TYPE": "CWD", "TAP": "features"}
+EMA = {"MEAN": {"TYPE": "EMA"}}
+FRSKD = {"SELF": {"TYPE": "FRSKD"}}
+SELVES = {  # sources and terms of both
+    "EMA": (EMA, {"LOGITS": PI, "FPN": FPN}),
+    "FRSKD": (FRSKD, {"LOGITS": PI, "FPN": AT}),
+}
+
+
+def self_cfg(sources: dict[str, Any], terms: dict[str, Any], **student: Any) -> CfgNode:
+    cfg = distiller_cfg(("", ""), {}, **student)
+    cfg.KD.SOURCES.clear()
+    cfg.merge_from_other_cfg(CfgNode({"KD": {"SOURCES": sources, "TERMS": terms}}))
+    return cfg
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, iterations: range) -> list[dict[str, Any]]:
+    """The losses of steps on images of their own."""
+    values = []
+    for iteration in iterations:
+        losses = step(model, iteration, batch(((128, 128), (96, 128)), seed=iteration))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        values.append({k: float(v.detach()) for k, v in losses.items()})
+    return values
