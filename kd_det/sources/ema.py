@@ -144,12 +144,12 @@ def average(model: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     mine = [*model.parameters(), *model.buffers()]
     theirs = [*student.parameters(), *_agreed_buffers(student)]
-    floating, others = [], []
-    for pair in zip(mine, theirs, strict=True):
-        (floating if pair[0].is_floating_point() else others).append(pair)
+    pairs = list(zip(mine, theirs, strict=True))
+    floating = [(m, s) for m, s in pairs if m.is_floating_point()]
     get_ema_multi_avg_fn(momentum)([m for m, _ in floating], [s for _, s in floating], None)
-    for m, s in others:
-        m.copy_(s)
+    for m, s in pairs:
+        if not m.is_floating_point():
+            m.copy_(s)
 
 
 def _agreed_buffers(student: nn.Module) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.registry import SOURCES
+from tests import selves
 from tests.parts import SelfTeacher
 from tests.toys import batch, distiller_cfg
 
@@ -98,7 +99,7 @@ def train(
         "parameters": copied(named),
         "keys": list(model.state_dict()),
         "student": list(model.module.student.state_dict()),
-        "kd": len(model.module.kd_state_dict()["tensors"]),
+        "kd": model.module.kd_state_dict()["tensors"],
     }
 
 
@@ -110,6 +111,13 @@ CASES: dict[str, tuple] = {
         {"FPN": {**LATE, "SOURCE": "SELF", "SOURCE_TAP": "refined"}},
         (2, 2),
         {"SELF": {"TYPE": "SelfTeacher"}},
+    ),
+    "the average of the student": ({"FPN": {**FPN, "SOURCE": "MEAN"}}, (2, 2), selves.EMA),
+    "FRSKD": ({"FPN": {**selves.AT, "SOURCE": "SELF"}}, (2, 0), selves.FRSKD),
+    "FRSKD in waiting": (
+        {"FPN": {**LATE, "SOURCE": "SELF", "SOURCE_TAP": "refined"}},
+        (2, 2),
+        selves.FRSKD,
     ),
 }
 
@@ -132,10 +140,10 @@ def test_ranks_agree(ranks: list[dict[str, dict[str, Any]]], case: str) -> None:
     first, second = (rank[case] for rank in ranks)
     assert first["losses"] != second["losses"]  # they saw different images
     assert first["missing"] == second["missing"] == []
-    for what in ("gradients", "parameters"):
+    for what in ("gradients", "parameters", "kd"):  # the kd state too: an average is the same
         torch.testing.assert_close(first[what], second[what], rtol=0, atol=0)
     assert first["keys"] == [f"module.{k}" for k in first["student"]]
-    assert first["kd"] > 0
+    assert first["kd"]
     terms = CASES[case][0]
     for losses in (*first["losses"], *second["losses"]):
         for name in terms:

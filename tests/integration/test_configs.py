@@ -105,8 +105,9 @@ def test_yaml_loads_without_running_code(file: str, tmp_path: Path) -> None:
     add_kd_config(cfg)
     cfg.merge_from_file(str(CONFIGS / file), allow_unsafe=False)
     for source in cfg.KD.SOURCES.values():
-        assert os.path.isabs(source.CONFIG_FILE)
-        assert os.path.isfile(source.CONFIG_FILE)
+        if "CONFIG_FILE" in source:
+            assert os.path.isabs(source.CONFIG_FILE)
+            assert os.path.isfile(source.CONFIG_FILE)
     # What a run dumps is a config again.
     again = get_cfg()
     add_kd_config(again)
