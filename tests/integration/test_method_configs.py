@@ -62,3 +62,22 @@ def test_what_a_file_spells_out_is_the_default_of_its_type(name: str) -> None:
     cfg = load("KD/teacher_R_101.yaml")
     cfg.merge_from_list([f"KD.TERMS.{term}", {"TYPE": written.TYPE, "WEIGHT": written.WEIGHT}])
     assert cfg.KD.TERMS[term] == written
+
+
+@pytest.mark.parametrize(("name", "millions"), [("ema", 0), ("frskd", 10.8)])
+def test_a_student_without_a_trained_teacher_builds_as_its_file_says(
+    name: str, millions: float
+) -> None:
+    file = f"COCO-Detection/retinanet_R_50_FPN_1x_{name}.yaml"
+    cfg = load(file)
+    assert load(f"KD/{name}.yaml").KD == cfg.KD
+    assert student_config(cfg) == student_config(load("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    model = on_meta(file)
+    levels = levels_of(model)
+    assert levels["logits"] == P3_P7
+    assert levels.get("fpn", P3_P7) == P3_P7
+    found = sum(p.numel() for p in model.sources.parameters())
+    assert found / 1e6 == pytest.approx(millions, abs=0.1)
+    toy = load(f"quickstart/{name}.yaml")
+    assert student_config(toy) == student_config(load("quickstart/student.yaml"))
+    assert toy.KD.TERMS.LOGITS == cfg.KD.TERMS.LOGITS

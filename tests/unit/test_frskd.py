@@ -123,7 +123,12 @@ def gradients(model: Any, losses: dict[str, Tensor], *names: str) -> dict[str, T
 
 
 def test_terms_move_the_student_alone_and_its_loss_moves_both(model: Any) -> None:
+    given: list[Any] = []
+    handle = model.sources["self"].register_forward_hook(lambda *args: given.append(args[-1]))
     losses = step(model, 0, INPUTS)
+    handle.remove()
+    # Not only by the grace of these terms, which need no gradient of a target.
+    assert not any(x.requires_grad for maps in given[0].maps.values() for x in maps.values())
     assert set(losses) == {
         "loss_cls", "loss_box_reg", "loss_cls_self", "loss_box_reg_self", "loss_kd_fpn",
         "loss_kd_logits",
