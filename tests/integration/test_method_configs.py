@@ -64,7 +64,7 @@ def test_what_a_file_spells_out_is_the_default_of_its_type(name: str) -> None:
     assert cfg.KD.TERMS[term] == written
 
 
-@pytest.mark.parametrize(("name", "millions"), [("ema", 0), ("frskd", 10.8)])
+@pytest.mark.parametrize(("name", "millions"), [("ema", 0), ("frskd", 8.68)])
 def test_a_student_without_a_trained_teacher_builds_as_its_file_says(
     name: str, millions: float
 ) -> None:
