@@ -87,7 +87,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no warmup": (f"{T}.SCHEDULE {{TYPE:_Warmup,_WARMUP_ITERS:_0}}", (T, ">= 1, but got 0")),
     "no steps": (f"{T}.SCHEDULE Step", (T, "Step needs ascending steps", "got steps ()")),
     "steps": (f"{T}.SCHEDULE {{TYPE:_Step,_STEPS:_[5,_3]}}", (T, "ascending", "steps (5, 3)")),
-    "ramp": (f"{T}.SCHEDULE {{TYPE:_Ramp,_RATE:_0}}", (T, "rate > 0, but got 0.0")),
+    "ramp": (f"{T}.SCHEDULE {{TYPE:_Ramp,_RATE:_0}}", (T, "but got rate 0.0 and begin 0.0")),
     "cosine": (f"{T}.SCHEDULE {{TYPE:_Cosine,_END:_-1}}", (T, "end >= 0, but got -1.0")),
     "log period": ("KD.LOG_PERIOD 0", ("log_period >= 1, but got 0",)),
     "precision": (f"{S}.PRECISION fp16", (S, "float32, float16, bfloat16, but got 'fp16'")),
