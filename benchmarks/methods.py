@@ -13,6 +13,7 @@ continues.
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -124,8 +125,10 @@ def compare(plan: Plan, output: Path, jobs: int = 1) -> Found:
     do([PLAIN, INHERITED, runs.RANDOM_TEACHER, *plan.methods])
     dearest = max(spread(ratios(steps, name, PLAIN)).median for name in plan.methods)
     do([EQUAL_TIME], round(plan.students * max(dearest, 1.0)))
-    pulls = {name: gradient_ratio(first / name) for name in plan.methods}
-    _once(output / "factors.json", lambda: {name: plan.ratio / x for name, x in pulls.items()})
+    _once(
+        output / "factors.json",
+        lambda: {name: _factor(plan, gradient_ratio(first / name)) for name in plan.methods},
+    )
     do(name + BALANCED for name in plan.methods)
     folders = [_folder(output, seed) for seed in plan.seeds]
     return Found(
@@ -133,10 +136,7 @@ def compare(plan: Plan, output: Path, jobs: int = 1) -> Found:
         plan.methods,
         {m: [weight_of(run, first) for run in (m, m + BALANCED)] for m in plan.methods},
         {
-            m: [
-                statistics.median(gradient_ratio(f / run) for f in folders)
-                for run in (m, m + BALANCED)
-            ]
+            m: [_median(gradient_ratio(f / run) for f in folders) for run in (m, m + BALANCED)]
             for m in plan.methods
         },
         steps,
@@ -193,20 +193,23 @@ def _adapt(term: CfgNode, cfg: CfgNode) -> None:
 
 def gradient_ratio(folder: Path) -> float:
     """
-    Median over a run of its term's gradient over the task's, both on the shared features.
-
-    Raises:
-        ValueError: if it was never measured, or is 0.
+    Median over a run of its term's gradient over the task's, both on the shared features; NaN where
+    it was never measured, as of a run that diverged at once.
     """
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     found = [v for row in rows for k, v in row.items() if k.endswith("/grad_ratio")]
-    median = statistics.median(found) if found else 0.0
-    if not median > 0:
-        raise ValueError(
-            f"{folder} has {len(found)} measurements of grad_ratio, of median {median:g}: its "
-            "gradient cannot be balanced. A run needs some 20 iterations for the first."
-        )
-    return median
+    return _median(found)
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = [x for x in values if not math.isnan(x)]
+    return statistics.median(known) if known else math.nan
+
+
+def _factor(plan: Plan, pull: float) -> float:
+    """On the published weight; 1 where nothing pulled that could be balanced."""
+    return plan.ratio / pull if pull > 0 else 1.0
 
 
 def step_seconds(plan: Plan, folder: Path) -> dict[str, list[float]]:
@@ -267,7 +270,8 @@ def work(task: Task, output: Path) -> dict[str, Any]:
     log = folder / "logs" / f"{task.name}.txt"
     quickstart.register(_data(output, task.seed))
     with runs.quiet(log), open(log, "a") as f, contextlib.redirect_stderr(f):
-        if task.name == runs.RANDOM_TEACHER:
+        done = (folder / task.name / "result.json").is_file()
+        if task.name == runs.RANDOM_TEACHER and not done:
             runs.save_random_teacher(folder, task.seed, config_of)
         try:
             return runs.train(

@@ -132,7 +132,9 @@ class FromFiles(Origin):
         model = self.config.build("cpu")
         return model, load_strictly(model, weights, what=what, sha256=self._sha256)
 
-    def test_mapper(self, input_format: str) -> Callable[[dict[str, Any]], Any]:  # noqa: D102
+    def test_mapper(  # noqa: D102  # as in the base
+        self, input_format: str
+    ) -> Callable[[dict[str, Any]], Any]:
         return self.config.test_mapper(input_format)
 
 

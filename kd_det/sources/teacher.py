@@ -201,6 +201,7 @@ class Teacher(Source):
         _cast(model, _PRECISIONS[self.precision])
         if self.compile_forward:
             compile_between_taps(model, detector.depths()[-1].reaches, tapped)
+        # PyTorch's stubs know no Module.to() of a memory format alone.
         self.hidden.hold(model.to(memory_format=self.run.memory_format))  # type: ignore[call-overload]
 
     def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_a_run_that_diverges_counts_nothing_and_the_others_go_on(tmp_path, monke
     result = methods.work(methods.Task("fkd", 3, 20), tmp_path)
     assert (result["AP"], result["diverged"]) == (0.0, "loss_kd_fkd is nan")
     assert json.loads((tmp_path / "seed_3" / "fkd" / "result.json").read_text()) == result
+
+
+def test_a_method_without_a_gradient_is_run_at_its_own_weight(tmp_path):
+    """A run that diverged at once, say: the comparison runs to its end all the same."""
+    rows = [{"iteration": 19}, {"iteration": 39, "kd/fpn/grad_ratio": 0.5}]
+    for name, lines in (("early", rows[:1]), ("later", rows)):
+        (tmp_path / name).mkdir()
+        text = "\n".join(map(json.dumps, lines))
+        (tmp_path / name / "metrics.json").write_text(text)
+    early, later = (methods.gradient_ratio(tmp_path / name) for name in ("early", "later"))
+    assert math.isnan(early)
+    assert later == 0.5
+    plan = replace(TINY, ratio=2.0)
+    assert [methods._factor(plan, x) for x in (early, later, 0.0)] == [1.0, 4.0, 1.0]
+    assert methods._median([early, later, 1.5]) == 1.0
 
 
 def test_runs_of_two_processes_are_those_of_one(tmp_path):

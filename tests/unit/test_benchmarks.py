@@ -9,9 +9,20 @@ import pytest
 import torch
 
 import benchmarks.__main__ as everything
-from benchmarks import NAMES, command, loss, models, scaling, step, teacher, time_to_accuracy
+from benchmarks import (
+    NAMES,
+    command,
+    loss,
+    method_cost,
+    models,
+    scaling,
+    step,
+    teacher,
+    time_to_accuracy,
+)
 from benchmarks.command import Options
 from benchmarks.memory import measure_memory
+from benchmarks.methods import METHODS
 from benchmarks.report import DOCS, Report, Table, write_docs
 from benchmarks.turns import ratios, seconds, spread, take_turns
 from kd_det.losses.buffers import GRADIENTS
@@ -174,6 +185,20 @@ def test_both_students_of_a_step_learn_the_same_task():
     assert set(kd.model.terms) == {"fpn", "logits"}
     moved = [p for group in kd.optimizer.param_groups for p in group["params"]]
     assert len(moved) == len(list(kd.model.parameters()))
+
+
+def test_the_methods_terms(options):
+    report = method_cost.run(options, method_cost.Size(1, 64, 96))
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == [f"`{method}`" for method in METHODS]
+    by_method = {row[0].strip("`"): row for row in table.rows}
+    assert by_method["cwd"][2] == "1.00 (1.00-1.00)"
+    assert by_method["cwd"][4:] == ["features", "0"]
+    assert by_method["logit_box"][4] == "cls_logits, box_deltas"
+    assert by_method["fitnet"][5] == f"{5 * (256 * 256 + 256):,}"  # a 1x1 convolution per level
+    # The gradients alone are that large.
+    cells = sum(math.ceil(64 / s) * math.ceil(96 / s) for s in (8, 16, 32, 64))
+    assert report.samples["peak_bytes"]["cwd"] >= 4 * 256 * cells
 
 
 def test_growth(options):

@@ -54,10 +54,14 @@ def script(net, tmp_path_factory):
 
 def sources(net, script, **kwargs):
     """The three doors to one teacher."""
+
+    def function(images):
+        return dict(zip(NAMES, net(images), strict=True))
+
     return {
         "script": ScriptedTeacher(weights=script, outputs=NAMES, **kwargs),
         "module": Teacher(model=Declared(net, NAMES, **kwargs)),
-        "function": Teacher(model=Declared(lambda x: dict(zip(NAMES, net(x))), NAMES, **kwargs)),  # noqa: B905
+        "function": Teacher(model=Declared(function, NAMES, **kwargs)),
     }
 
 
