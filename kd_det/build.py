@@ -21,6 +21,7 @@ from kd_det.inherit import Inherit
 from kd_det.record import write_run_record
 from kd_det.registry import SOURCES, TERMS, PartRegistry, did_you_mean
 from kd_det.rng import preserved_rng
+from kd_det.sources import STUDENT, Peer
 
 
 def build_distiller(cfg: CfgNode) -> nn.Module:
@@ -48,7 +49,8 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
     check_enabled(cfg)
     kd = cfg.KD
     init_from = kd.STUDENT.INIT_FROM.lower()
-    if not kd.TERMS and not init_from:
+    learners = (SOURCES.get(node.TYPE) for node in kd.SOURCES.values() if node.ENABLED)
+    if not (kd.TERMS or init_from or any(source.is_learner for source in learners)):
         raise ValueError(
             "KD.ENABLED is True, but KD.TERMS is empty: there is nothing to distil. Add a term, "
             "FPN: {TYPE: CWD, TAP: features, WEIGHT: 5.0} say, or set KD.ENABLED to False."
@@ -56,10 +58,17 @@ def build_distiller(cfg: CfgNode) -> nn.Module:
     with preserved_rng():
         return Distiller(
             student=student,
-            sources=build_items(kd.SOURCES, SOURCES, "KD.SOURCES", defaults=project_defaults(cfg)),
+            sources=build_items(
+                kd.SOURCES,
+                SOURCES,
+                "KD.SOURCES",
+                defaults=project_defaults(cfg),
+                student_config=plain.dump(),
+            ),
             terms=build_items(kd.TERMS, TERMS, "KD.TERMS"),
             max_iter=cfg.SOLVER.MAX_ITER,
             input_format=cfg.INPUT.FORMAT,
+            export_peer=kd.EXPORT_PEER.lower(),
             classes=_with_classes(cfg),
             task_loss_weight=kd.TASK_LOSS_WEIGHT,
             inherit=Inherit(init_from, kd.STUDENT.INIT_MODULES) if init_from else None,
@@ -128,8 +137,8 @@ def build_part(node: Mapping[str, Any], registry: PartRegistry, **offered: Any) 
         if field.nested is not None:
             value = build_part(value, field.nested)
         elif isinstance(value, list):
-            value = tuple(value)
-        elif key == "SOURCE":
+            value = tuple(x.lower() for x in value) if field.is_name else tuple(value)
+        elif field.is_name:
             value = value.lower()
         arguments[key.lower()] = value
     return cls(**arguments)
@@ -169,15 +178,47 @@ def begin_run(cfg: CfgNode, distiller: Distiller | None) -> None:
     write_run_record(cfg, distiller, iteration=0 if storage is None else int(storage.iter))
 
 
+def network_config(cfg: CfgNode, name: str = "") -> CfgNode:
+    """
+    The config of one of the networks that a run trains, without ``KD``: what stock Detectron2 tests
+    it with.
+
+    Args:
+        cfg: of the run.
+        name: of a peer, or `STUDENT`; empty for what the run exports.
+
+    Raises:
+        KeyError: if there is no such network.
+        ValueError: if it has no YAML config.
+    """
+    plain = student_config(cfg)
+    name = (name or (cfg.KD.EXPORT_PEER if "KD" in cfg else "")).lower() or STUDENT
+    if name == STUDENT:
+        return plain
+    nodes = {key.lower(): node for key, node in cfg.KD.SOURCES.items() if node.ENABLED}
+    peers = {key: node for key, node in nodes.items() if issubclass(SOURCES.get(node.TYPE), Peer)}
+    if name not in peers:
+        raise KeyError(
+            f"This run has no network '{name}'.{did_you_mean(name, [STUDENT, *peers])} Networks: "
+            f"{', '.join([STUDENT, *peers])}."
+        )
+    peer: Peer = build_part(
+        peers[name], SOURCES, defaults=project_defaults(cfg), student_config=plain.dump()
+    )
+    assert peer.config is not None, "a peer of a config has one"
+    return peer.config.in_place_of(plain)
+
+
 def write_student_config(cfg: CfgNode) -> None:
     """
-    Write ``student.yaml`` into ``OUTPUT_DIR``: the student's config without ``KD``, with which
-    stock Detectron2 evaluates ``model_final.pth`` where kd_det is not installed.
+    Write ``student.yaml`` into ``OUTPUT_DIR``: the config, without ``KD``, of the student (or of the
+    peer that is exported in its place), with which stock Detectron2 evaluates ``model_final.pth``
+    where kd_det is not installed.
     """
     if not cfg.OUTPUT_DIR or not comm.is_main_process():
         return
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     path = os.path.join(cfg.OUTPUT_DIR, "student.yaml")
     with open(path + ".tmp", "w") as f:
-        f.write(student_config(cfg).dump())
+        f.write(network_config(cfg).dump())
     os.replace(path + ".tmp", path)

@@ -63,6 +63,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Module paths (with *) that are inherited: the head and what feeds it, not the backbone.
     kd.STUDENT.INIT_MODULES = list(DEFAULT_MODULES)
 
+    # Name of the peer whose network is exported in the student's place: what an evaluation runs and
+    # a checkpoint holds as "model". "" is the student. `python -m kd_det export --peer` writes any.
+    kd.EXPORT_PEER = ""
+
     # COCO-format datasets that this config brings along: NAME: {JSON: file, IMAGES: folder}. They
     # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST. IMAGES alone: images without
     # labels, for DATASETS.TRAIN.

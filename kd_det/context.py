@@ -26,6 +26,8 @@ class Context:
         student: the student detector.
         student_maps: for every recorded tap of the student its maps, with gradients.
         progress: share of the run that is done, in [0, 1].
+        targets: what other sources have given in this step, by source and tap; for those that a
+            source says it reads (`Source.reads`).
         target_maps: for a region that asks for taps of the source, their maps; see `with_targets`.
     """
 
@@ -34,12 +36,22 @@ class Context:
     student: nn.Module
     student_maps: dict[str, Maps] = field(default_factory=dict)
     progress: float = 0.0
+    targets: Mapping[str, Mapping[str, Maps]] = field(default_factory=dict)
     target_maps: Mapping[str, Maps] = field(default_factory=dict)
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def with_targets(self, maps: Mapping[str, Maps]) -> "Context":
         """The same step, beside the maps of one source."""
         return replace(self, target_maps=maps)
+
+    def inputs_in(self, input_format: str) -> list[dict[str, Any]]:
+        """
+        The step's images in another network's channel order: it normalises them itself, and its
+        mean and standard deviation belong to its own order.
+        """
+        if self.input_format == input_format:
+            return self.inputs
+        return [{**x, "image": x["image"].flip(0)} for x in self.inputs]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """
@@ -100,6 +112,22 @@ class Context:
     def anchors(self, maps: list[Tensor]) -> list[Boxes]:
         """The student's anchors on these grids, one `Boxes` per level, in pixels."""
         return self.detector().anchors(maps)
+
+
+def second_view(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    The same inputs with the second photometric view of every image as its ``image``.
+
+    Raises:
+        ValueError: if an image has none.
+    """
+    if any("view_2" not in x for x in inputs):
+        raise ValueError(
+            "A second view of the images was asked for, and an image of the batch has no 'view_2': "
+            "set KD.VIEWS.ENABLED to True, or wrap the dataset mapper in "
+            "kd_det.data.PhotometricViews."
+        )
+    return [{**x, "image": x["view_2"]} for x in inputs]
 
 
 def with_images_on(device: torch.device, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from kd_det._compat import get_event_storage_or_none
 from kd_det.context import Context, with_images_on
-from kd_det.diagnostics import Diagnostics, LastValues, ScalarQueue, Step, put_levels
+from kd_det.diagnostics import Diagnostics, LastValues, Learner, ScalarQueue, Step, put_levels
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
 from kd_det.labels import labelled_first, run_student
-from kd_det.sources import Source
-from kd_det.taps import Tap
+from kd_det.sources import STUDENT, Source
+from kd_det.taps import Maps, Tap, detached
 from kd_det.terms import Term
 from kd_det.wiring import Wiring, wire
 
@@ -27,7 +28,7 @@ class Distiller(KDStateMixin, nn.Module):
     A Detectron2 meta-architecture that adds distillation terms to a student's losses. In eval mode
     it *is* the student; its checkpoint is the student's.
 
-        task_loss_weight * student losses
+        task_loss_weight * student losses + losses of sources that learn
             + sum over terms: weight * schedule(progress) * sum_l value_l
 
     Images without labels are imitated on like all others, and count for no loss of the student's
@@ -42,6 +43,8 @@ class Distiller(KDStateMixin, nn.Module):
             EventStorage, or `set_progress` in a loop without one.
         input_format: channel order of the images that the student is fed; ``None`` takes the
             student's ``input_format`` attribute, else BGR.
+        export_peer: name of the source whose network is exported in the student's place: what eval
+            mode runs and the checkpoint holds; empty for the student.
         classes: what the student's classes are called, in order, or the name of the dataset that
             says so; class logits of a source with other classes are matched by name.
         task_loss_weight: factor on the student's own losses; 0: it learns from its sources alone,
@@ -65,6 +68,7 @@ class Distiller(KDStateMixin, nn.Module):
         terms: Mapping[str, Term],
         max_iter: int | None = None,
         input_format: str | None = None,
+        export_peer: str = "",
         classes: str | Sequence[str] = (),
         task_loss_weight: float = 1.0,
         inherit: Inherit | None = None,
@@ -88,6 +92,7 @@ class Distiller(KDStateMixin, nn.Module):
         self.diagnostics = diagnostics or Diagnostics(period=0)
         self.on_start = on_start
         self.wiring: Wiring = wire(student, sources, terms, inherit, classes)
+        self.export_peer = self.wiring.network_name(export_peer)
         # The same objects as in the wiring, where PyTorch sees them: .to(), parameters(), DDP.
         self.sources = nn.ModuleDict(self.wiring.sources)
         self.terms = nn.ModuleDict(self.wiring.terms)
@@ -102,10 +107,9 @@ class Distiller(KDStateMixin, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            student = self.__dict__.get("_modules", {}).get("student")
-            if student is None or name.startswith("__"):
+            if "export_peer" not in self.__dict__ or name.startswith("__"):
                 raise
-            return getattr(student, name)
+            return getattr(self.exported, name)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -121,7 +125,7 @@ class Distiller(KDStateMixin, nn.Module):
             SourceUnavailable: if a file of a source is missing.
         """
         if not self.training:
-            return self.student(batched_inputs)
+            return self.exported(batched_inputs)
         storage = get_event_storage_or_none()
         iteration = None if storage is None else int(storage.iter)
         # Detectron2's losses write to a storage; a loop without one gets a throw-away.
@@ -165,31 +169,38 @@ class Distiller(KDStateMixin, nn.Module):
             self.wiring.expected_calls,
             self.task_loss_weight,
         )
-        task = tuple(losses)
         maps = {name: seen[name] for name in taps}
         context = Context(uploaded, self.input_format, self.student, maps, progress)
+        learners = {STUDENT: Learner(tuple(losses), seen, context)}
 
-        targets = {}
+        targets: dict[str, Mapping[str, Maps]] = {}
         for name, asked in self.wiring.source_taps(active, over).items():
             source = self.wiring.sources[name]
             source.prepare(self.wiring.all_source_taps[name])
             with self.diagnostics.stopwatch.source(name):
-                targets[name] = source(context, asked)
-            if clash := losses.keys() & targets[name].losses.keys():
+                found = source(replace(context, targets=targets), asked)
+            if clash := losses.keys() & found.losses.keys():
                 raise ValueError(
                     f"Source '{name}' has losses of its own called {', '.join(sorted(clash))}, as "
                     "the step has already: it must give them other names."
                 )
-            losses.update(targets[name].losses)
+            losses.update(found.losses)
+            targets[name] = found.maps
+            if found.learner is not None:
+                learners[name] = Learner(tuple(found.losses), found.maps, found.learner)
 
-        values = {}
+        step = Step(losses, {}, weights, learners, targets)
         for name, term in self.wiring.terms.items():
             if name in active:
-                of = self.wiring.source_of[name]
-                values[name] = term(maps, targets[of].maps, context, self.wiring.sources[of])
-            losses[f"loss_kd_{name}"] = self._total(name, weights[name], values.get(name))
-        found = {name: target.maps for name, target in targets.items()}
-        return Step(losses, task, values, weights, seen, found, context)
+                learner, of = learners[self.wiring.learner_of[name]], self.wiring.source_of[name]
+                step.values[name] = term(
+                    learner.context.student_maps,
+                    targets[of] if term.moves_target else detached(targets[of]),
+                    learner.context,
+                    self.wiring.sources[of],
+                )
+            losses[f"loss_kd_{name}"] = self._total(name, weights[name], step.values.get(name))
+        return step
 
     def _total(self, name: str, weight: float, values: dict[str, Tensor] | None) -> Tensor:
         """
@@ -206,9 +217,8 @@ class Distiller(KDStateMixin, nn.Module):
             )
         device = next(self.student.parameters()).device
         zero = torch.zeros((), device=device)
-        idle = chain(
-            term.parameters(), self.wiring.sources[self.wiring.source_of[name]].parameters()
-        )
+        source = self.wiring.sources[self.wiring.source_of[name]]
+        idle = chain(term.parameters(), () if source.is_learner else source.parameters())
         return zero + sum(0 * p.sum() for p in idle if p.requires_grad)
 
     def prepare(self) -> None:
@@ -276,10 +286,9 @@ class Distiller(KDStateMixin, nn.Module):
         return "" if self._last is None else self._last.explain()
 
     def _over(self, progress: float) -> list[str]:
-        """Names of the sources that no term needs until the end of the run."""
-        needed = {
-            self.wiring.source_of[name]
+        """Names of the sources that nobody needs until the end of the run."""
+        return self.wiring.over(
+            name
             for name, term in self.wiring.terms.items()
             if not term.schedule.finished(progress, self.max_iter)
-        }
-        return [name for name in self.wiring.sources if name not in needed]
+        )

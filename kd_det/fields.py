@@ -34,11 +34,13 @@ class Field:
         default: its value when a config does not name it.
         type: bool, int, float, str, a tuple of one of them, or a key of `NESTED`.
         is_path: whether it names a file.
+        is_name: whether it names sources, which are in lower case behind the config.
     """
 
     default: Any
     type: Any
     is_path: bool = False
+    is_name: bool = False
 
     @property
     def nested(self) -> PartRegistry | None:
@@ -54,9 +56,9 @@ def fields_of(cls: type) -> dict[str, Field]:
     """
     fields: dict[str, Field] = {}
     for name, (p, hint) in arguments_of(cls).items():
-        kind, is_path = _kind(hint)
+        kind, marks = _kind(hint)
         if kind is not None:
-            fields[name.upper()] = Field(p.default, kind, is_path)
+            fields[name.upper()] = Field(p.default, kind, "path" in marks, "name" in marks)
     return fields
 
 
@@ -109,14 +111,14 @@ def _leaf(value: Any, kind: type, where: str) -> Any:
     raise ValueError(f"{where} is a {kind.__name__}, but got {value!r} ({type(value).__name__}).")
 
 
-def _kind(hint: Any) -> tuple[Any, bool]:
-    """(type, is a path) of an annotation; (None, False) for what configs cannot carry."""
-    is_path = typing.get_origin(hint) is typing.Annotated and "path" in hint.__metadata__
+def _kind(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """(type, marks) of an annotation; (None, no marks) for what configs cannot carry."""
+    marks: tuple[str, ...] = ()
     if typing.get_origin(hint) is typing.Annotated:
-        hint = hint.__origin__
+        marks, hint = hint.__metadata__, hint.__origin__
     if hint in _LEAVES or hint in NESTED or _item_type(hint) in _LEAVES:
-        return hint, is_path
-    return None, False
+        return hint, marks
+    return None, ()
 
 
 def _item_type(kind: Any) -> type | None:

@@ -1,5 +1,6 @@
 """
-What a Distiller saves: the student as ``model``, and what trains beside it as the *kd state*.
+What a Distiller saves: one network as ``model``, the student unless a peer is exported in its
+place, and what trains beside it as the *kd state*.
 
 The kd state (connectors, auxiliary networks, fingerprints) is a checkpointable of its own where the
 training script adds it (`KDState`), and otherwise travels inside ``model``, as metadata of the
@@ -9,18 +10,21 @@ state_dict: no extra key, and PyTorch's safe loader reads it.
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kd_det.sources import Source
+from kd_det.sources import STUDENT, Source
 
 if TYPE_CHECKING:
     from kd_det.wiring import Wiring
 
 logger = logging.getLogger(__name__)
 
+_OF = "kd network"  # metadata of a peer's state_dict
 _HOW = (
     "To resume exactly, train with kd_det.TrainerMixin (class Trainer(kd_det.TrainerMixin, "
     "DefaultTrainer)), or add KDState(distiller) to your checkpointer under 'kd'."
@@ -34,36 +38,79 @@ class KDStateMixin(nn.Module):
     sources: nn.ModuleDict
     terms: nn.ModuleDict
     wiring: "Wiring"
+    export_peer: str
 
     def __init__(self) -> None:
         super().__init__()
         self.kd_in_metadata = True
         self._restored = False
+        self._starting = False
         self._then: dict[str, str] = {}  # fingerprints of the sources when the checkpoint was made
         self._not_restored = "no kd state came with the student's weights"
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The detectors that learn, by name: ``student``, and every peer."""
+        return self.wiring.networks
+
+    @property
+    def exported(self) -> nn.Module:
+        """The network that eval mode runs, and that the checkpoint is of."""
+        return self.student if self._starting else self.networks[self.export_peer]
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """
+        While a new run loads its initial weights: they are the student's, whoever is exported
+        (peers have ``WEIGHTS`` of their own).
+        """
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """
-        The student's state_dict, key by key, wherever the Distiller sits (DDP, AveragedModel).
+        The exported network's state_dict, key by key, wherever the Distiller sits (DDP,
+        AveragedModel).
 
-        The kd state is metadata of it, unless ``kd_in_metadata`` is off.
+        The kd state is metadata of it, unless ``kd_in_metadata`` is off; of a peer the metadata
+        says whose state_dict it is.
         """
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-        result = self.student.state_dict(*args, **kwargs)
+        result = self.exported.state_dict(*args, **kwargs)
         if self.kd_in_metadata:
             result._metadata[prefix[:-1]]["kd"] = self.kd_state_dict()
+        if self.exported is not self.student:
+            result._metadata[prefix[:-1]][_OF] = self.export_peer
         return result
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """
-        Load a student: same missing and unexpected keys as the student alone would report.
+        Load what is exported: same missing and unexpected keys as that network alone would report.
 
         A kd state in the metadata is taken over when it belongs to the same sources, terms and
         shapes; otherwise it is left, which only matters to a run that resumes.
+
+        Raises:
+            ValueError: if a peer is exported and these weights are no checkpoint of that.
         """
-        metadata = getattr(state_dict, "_metadata", {})
-        self._restore(metadata.get("", {}).get("kd"))
-        return self.student.load_state_dict(state_dict, strict=strict, assign=assign)
+        metadata = getattr(state_dict, "_metadata", {}).get("", {})
+        self._check_whose(metadata)
+        self._restore(metadata.get("kd"))
+        return self.exported.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _check_whose(self, metadata: Mapping[str, Any]) -> None:
+        """Weights for a new student would fit a peer in part, and nobody would see it."""
+        if self.exported is not self.student and metadata.get(_OF) != self.export_peer:
+            raise ValueError(
+                f"The checkpoint of this run is that of the network '{self.export_peer}' "
+                "(KD.EXPORT_PEER), and these weights are no such checkpoint: to start the student "
+                "from them, train with kd_det.TrainerMixin, load them inside of "
+                "`with distiller.starting():`, or leave KD.EXPORT_PEER empty and export the peer "
+                "at the end (python -m kd_det export --peer)."
+            )
 
     def _load_from_state_dict(
         self,
@@ -75,14 +122,15 @@ class KDStateMixin(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Reached when a wrapper is loaded: loads the student, under the wrapper's names."""
+        """Reached when a wrapper is loaded: loads what is exported, under the wrapper's names."""
+        self._check_whose(local_metadata)
         self._restore(local_metadata.get("kd"))
         own = OrderedDict(
             (key[len(prefix) :], x) for key, x in state_dict.items() if key.startswith(prefix)
         )
         for key in own:  # or a name under student. would be loaded a second time, as a child's
             del state_dict[prefix + key]
-        found = self.student.load_state_dict(
+        found = self.exported.load_state_dict(
             own, strict=False, assign=local_metadata.get("assign_to_params_buffers", False)
         )
         student_missing = [prefix + key for key in found.missing_keys]
@@ -174,22 +222,39 @@ class KDStateMixin(nn.Module):
         self._restored = False
         self._then = dict(state["sources"])
         tensors = self._tensors()
-        if state["plan"] != self._plan() or state["tensors"].keys() != tensors.keys():
+        if state["plan"] != self._plan() or _looks(state["tensors"]) != _looks(tensors):
             self._not_restored = "the checkpoint was written with other sources, terms or shapes"
             logger.info("Its kd state is left alone: %s.", self._not_restored)
             return
-        beside = nn.ModuleDict({"sources": self.sources, "terms": self.terms})
-        beside.load_state_dict(state["tensors"])
+        self._beside().load_state_dict(state["tensors"], strict=False)  # compared above
         self._restored = True
         logger.info("Restored what trains beside the student: %d tensors.", len(tensors))
 
+    def _beside(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"sources": self.sources, "terms": self.terms, STUDENT: self.student})
+
     def _tensors(self) -> dict[str, Any]:
-        return dict(nn.ModuleDict({"sources": self.sources, "terms": self.terms}).state_dict())
+        """Everything of `_beside` but what is exported, by name."""
+        beside, exported = self._beside(), self.networks[self.export_peer]
+        held = next(name for name, m in beside.named_modules() if m is exported)
+        return {k: x for k, x in beside.state_dict().items() if not k.startswith(held + ".")}
 
     def _plan(self) -> str:
         rows = {name: [asdict(r) for r in rows] for name, rows in self.wiring.rows.items()}
         sources = {name: type(source).__name__ for name, source in self.sources.items()}
-        return json.dumps({"sources": sources, "of": self.wiring.source_of, "terms": rows})
+        return json.dumps(
+            {
+                "sources": sources,
+                "of": self.wiring.source_of,
+                "learners": self.wiring.learner_of,
+                "exported": self.export_peer,
+                "terms": rows,
+            }
+        )
+
+
+def _looks(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(x, "shape", None) for name, x in tensors.items()}
 
 
 class KDState:

@@ -6,6 +6,7 @@ from tabulate import tabulate
 from torch import nn
 
 from kd_det.distiller import Distiller
+from kd_det.sources import STUDENT
 
 _MIB = 2**20
 
@@ -17,7 +18,8 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
 
     ``MiB`` is what the line holds at the end of the forward: the target's map, the connector's
     output, and the gradient that the loss saves. Weights of frozen sources come in a line of
-    their own.
+    their own, and so do the networks that train beside the student (their activations are in the
+    peak that ``--dry-run`` measures).
 
     Args:
         distiller: a wired Distiller.
@@ -31,7 +33,7 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
                 [
                     distiller.wiring.source_of[name],
                     name,
-                    f"{row.tap}.{row.level}",
+                    f"{_whose(distiller, name)}{row.tap}.{row.level}",
                     row.target,
                     f"1/{row.stride}" if row.stride else f"{row.rows} rows",
                     f"{row.student_channels} -> {row.target_channels}",
@@ -60,7 +62,23 @@ def plan_table(distiller: Distiller, canvas: tuple[int, int, int]) -> str:
     n, h, w = canvas
     return (
         f"{table}\n{below}\nfor a batch of {n} images padded to {h} x {w}: maps "
-        f"{total:.4g} MiB, weights of frozen sources {weights:.4g} MiB"
+        f"{total:.4g} MiB, weights of frozen sources {weights:.4g} MiB{_beside(distiller)}"
+    )
+
+
+def _whose(distiller: Distiller, term: str) -> str:
+    learner = distiller.wiring.learner_of[term]
+    return "" if learner == STUDENT else f"{learner}: "
+
+
+def _beside(distiller: Distiller) -> str:
+    """A line per source that learns the task."""
+    return "".join(
+        f"\n{name} trains beside the student ({type(source).__name__}"
+        f"{'' if source.network is None else f' of a {type(source.network).__name__}'}, "
+        f"{sum(p.numel() for p in source.parameters() if p.requires_grad):,} parameters)"
+        for name, source in distiller.wiring.sources.items()
+        if source.is_learner
     )
 
 

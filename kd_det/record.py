@@ -155,6 +155,7 @@ def _plan(distiller: Distiller) -> dict[str, Any]:
         name: {
             "type": type(term).__name__,
             "source": wiring.source_of[name],
+            "learner": wiring.learner_of[name],
             "weight": term.weight,
             "schedule": {"type": type(term.schedule).__name__, **vars(term.schedule)},
             "levels": [

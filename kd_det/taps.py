@@ -141,6 +141,14 @@ class Tap:
         return as_rois(output) if self.kind == "proposals" else output
 
 
+def detached(maps: Mapping[str, Maps]) -> dict[str, Maps]:
+    """The same maps of taps, as constants."""
+    return {
+        tap: {level: x.detach() if x.requires_grad else x for level, x in levels.items()}
+        for tap, levels in maps.items()
+    }
+
+
 def as_rois(boxes: Sequence[Boxes]) -> Tensor:
     """
     Boxes of several images in one tensor, ``(R, 5)``: image index, then the box.

@@ -4,6 +4,6 @@ from kd_det.diagnostics.diagnostics import Diagnostics
 from kd_det.diagnostics.levels import put_levels
 from kd_det.diagnostics.non_finite import LastValues
 from kd_det.diagnostics.scalars import ScalarQueue
-from kd_det.diagnostics.step import Step
+from kd_det.diagnostics.step import Learner, Step
 
-__all__ = ["Diagnostics", "LastValues", "ScalarQueue", "Step", "put_levels"]
+__all__ = ["Diagnostics", "LastValues", "Learner", "ScalarQueue", "Step", "put_levels"]

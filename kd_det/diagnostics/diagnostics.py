@@ -33,9 +33,9 @@ class Diagnostics:
     Measures, every ``period`` iterations (20 within the first 200), written as scalars of the
     EventStorage; ``docs/diagnostics.md`` says how to read them.
 
-    * ``kd/<term>/grad_ratio``: norm of the weighted term's gradient over that of the student's own
-      losses, both with respect to the shared features (tap ``features``; a student without that
-      preset: the term's own taps);
+    * ``kd/<term>/grad_ratio``: norm of the weighted term's gradient over that of the learner's own
+      losses, both with respect to the shared features (tap ``features``; where that is not
+      recorded, the term's own taps);
     * ``kd/<term>/suggested_weight``, once, after the first 200 iterations of a run, with a line in
       the log: the weight at which the median of that ratio would be ``target_ratio``;
     * ``kd/<term>/<level>/channel_agreement`` and ``.../top_overlap``, see the functions of these
@@ -119,19 +119,27 @@ class Diagnostics:
 
     def _gradient_norms(self, step: Step, wiring: Wiring) -> dict[str, Tensor]:
         """For every active term its norm, and under ``<term>/task`` that of the task's losses."""
-        if self._no_gradients or not step.task or not step.values:
-            return {}
-        task = torch.stack([step.losses[name] for name in step.task]).sum()
-        features = list(step.maps.get("features", {}).values())
         norms: dict[str, Tensor] = {}
+        if self._no_gradients:
+            return norms
+        shared: dict[str, Tensor] = {}  # of every learner's own losses on its features
         try:
-            shared = gradient_norm(task, features)
             for name in step.values:
+                who = wiring.learner_of[name]
+                learner = step.learners[who]
+                if not learner.losses:
+                    continue
+                task = torch.stack([step.losses[loss] for loss in learner.losses]).sum()
+                features = list(learner.maps.get("features", {}).values())
+                if features and who not in shared:
+                    shared[who] = gradient_norm(task, features)
                 maps = features or [
-                    x for tap in wiring.terms[name].student_taps() for x in step.maps[tap].values()
+                    x
+                    for tap in wiring.terms[name].student_taps()
+                    for x in learner.maps[tap].values()
                 ]
                 norms[name] = gradient_norm(step.losses[f"loss_kd_{name}"], maps)
-                norms[f"{name}/task"] = shared if features else gradient_norm(task, maps)
+                norms[f"{name}/task"] = shared[who] if features else gradient_norm(task, maps)
         except RuntimeError as e:  # no reason to lose a run
             self._give_up(
                 "torch.autograd.grad of the losses with respect to the student's features failed "
@@ -206,8 +214,9 @@ def _aligned(
     for name in step.values:
         term = wiring.terms[name]
         targets = step.targets[wiring.source_of[name]]
+        context = step.learners[wiring.learner_of[name]].context
         with _as_in_evaluation(term):
-            for level, s, t, region in term.aligned(step.maps, targets, step.context):
+            for level, s, t, region in term.aligned(context.student_maps, targets, context):
                 yield name, level, s, t, region
 
 

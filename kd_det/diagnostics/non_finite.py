@@ -27,8 +27,14 @@ class LastValues:
             name: {level: value.detach() for level, value in levels.items()}
             for name, levels in step.values.items()
         }
-        own = {tap for name in step.values for tap in wiring.terms[name].student_taps()}
-        self.student = {tap: _sums(step.maps[tap]) for tap in own}
+        own = {
+            (wiring.learner_of[name], tap)
+            for name in step.values
+            for tap in wiring.terms[name].student_taps()
+        }
+        self.learners = {
+            (who, tap): _sums(step.learners[who].context.student_maps[tap]) for who, tap in own
+        }
         self.targets = {
             source: {tap: _sums(maps) for tap, maps in taps.items()}
             for source, taps in step.targets.items()
@@ -64,7 +70,8 @@ class LastValues:
         source = self.wiring.source_of[name]
         taps = self.targets[source]
         theirs = _broken({t: taps[t] for t in term.source_taps()}, term.target_level(level))
-        ours = _broken({t: self.student[t] for t in term.student_taps()}, level)
+        who = self.wiring.learner_of[name]
+        ours = _broken({t: self.learners[who, t] for t in term.student_taps()}, level)
         reasons = []
         if theirs:
             reasons.append(
@@ -74,7 +81,7 @@ class LastValues:
             )
         if ours:
             reasons.append(
-                f"the student's map {ours} is not finite, so the student itself has diverged: "
+                f"the {who}'s map {ours} is not finite, so the {who} itself has diverged: "
                 "lower SOLVER.BASE_LR or the term's WEIGHT, warm up longer, or clip gradients"
             )
         return " and ".join(reasons) or (

@@ -13,24 +13,36 @@ Values = dict[str, dict[str, Tensor]]
 
 
 @dataclass
+class Learner:
+    """
+    One of those that terms teach: the student, or a source that learns with it.
+
+    Attributes:
+        losses: names in the loss dict of its own losses.
+        maps: for every recorded tap its maps, with gradients; more than `context` shows, maybe.
+        context: the step as its terms see it.
+    """
+
+    losses: tuple[str, ...]
+    maps: Mapping[str, Maps]
+    context: Context
+
+
+@dataclass
 class Step:
     """
     What the forward of one training step made; nobody keeps it longer than that.
 
     Attributes:
         losses: the loss dict.
-        task: the names in it of the student's own losses.
         values: see `Values`.
         weights: for every term its weight times its schedule's factor.
-        maps: for every recorded tap of the student its maps, with gradients.
+        learners: by name, the student first.
         targets: for every source that ran and every asked tap its maps.
-        context: the step as the terms see it.
     """
 
     losses: dict[str, Tensor]
-    task: tuple[str, ...]
     values: Values
     weights: dict[str, float]
-    maps: dict[str, Maps]
+    learners: dict[str, Learner]
     targets: dict[str, Mapping[str, Maps]]
-    context: Context

@@ -1,5 +1,6 @@
 """Build everything, run one batch, say what was found, and stop."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -41,7 +42,8 @@ def dry_run(cfg: CfgNode) -> str:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     model = build_model(cfg).train()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    with model.starting() if isinstance(model, Distiller) else contextlib.nullcontext():
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     batch = next(iter(build_detection_train_loader(cfg)))
     if not isinstance(model, Distiller):
         losses, peak = measure_step(model, batch)

@@ -39,7 +39,8 @@ class RunState:
                 run.gather()  # every process, when the main one is about to save
 
     For every process: random states (Python, NumPy, CPU, its GPU), the position in the data, and
-    what the student keeps outside of its state_dict (RetinaNet's ``loss_normalizer``). A run that
+    what the student and its peers keep outside of their state_dict (RetinaNet's
+    ``loss_normalizer``). A run that
     goes on with another number of processes continues the shuffle where the first process was;
     random states belong to the old number and are drawn anew.
 
@@ -65,12 +66,12 @@ class RunState:
         The numbers are other ones at every iteration, and those of an iteration are the same in a
         resumed run.
         """
-        self._kept = {"rng": get_rng_state(), "model": running_values(self.model)}
-        model = self._kept["model"]
+        self._kept = {"rng": get_rng_state(), "running": self._running()}
+        running = self._kept["running"]
         with preserved_rng():
             seed_rng(f"{torch.initial_seed()} {iteration}")
             yield
-        set_running_values(self.model, model)
+        self._set_running(running)
 
     def gather(self) -> None:
         """
@@ -115,17 +116,29 @@ class RunState:
         self._gathered, self._kept = [], None
         if self._loaded is None:
             return
-        set_running_values(self.model, self._loaded["model"])
+        self._set_running(self._loaded["running"])
         if self._loaded["rng"] is not None:
             set_rng_state(self._loaded["rng"])
         self._loaded = None
+
+    def _networks(self) -> list[nn.Module]:
+        """What a step trains: the networks of a Distiller, or the model itself."""
+        distiller = next((m for m in self.model.modules() if isinstance(m, KDStateMixin)), None)
+        return [self.model] if distiller is None else list(distiller.networks.values())
+
+    def _running(self) -> list[dict[str, Any]]:
+        return [running_values(network) for network in self._networks()]
+
+    def _set_running(self, values: list[dict[str, Any]]) -> None:
+        for network, found in zip(self._networks(), values, strict=True):
+            set_running_values(network, found)
 
     def _own(self) -> dict[str, Any]:
         # What was loaded is not taken up yet where a run is saved before its first step.
         state = self._loaded or self._kept
         return {
             "rng": get_rng_state() if state is None else state["rng"],
-            "model": running_values(self.model) if state is None else state["model"],
+            "running": self._running() if state is None else state["running"],
             "loader": None if self.loader is None else self.loader.state_dict(),
         }
 

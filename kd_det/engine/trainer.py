@@ -137,11 +137,15 @@ class TrainerMixin:
             ValueError: if it is damaged, of another model, or of a run with other terms or sources,
                 or with and without distillation.
         """
+        distiller = find_distiller(self.model)
         if resume and self.checkpointer.has_checkpoint():
-            distiller = find_distiller(self.model)
             check_last_checkpoint(
                 self.checkpointer, self.checkpointer.model, distilled=distiller is not None
             )
+        elif distiller is not None:
+            with distiller.starting():
+                super().resume_or_load(resume=False)  # type: ignore[misc]
+            return
         super().resume_or_load(resume=resume)  # type: ignore[misc]
 
     def before_train(self) -> None:

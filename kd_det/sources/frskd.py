@@ -1,23 +1,20 @@
 """FRSKD: a self-teacher that is grown on the student's own maps."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_det.connectors import Auto
 from kd_det.context import Context
 from kd_det.detectors import TapShape, describe
-from kd_det.labels import is_labelled, without_objects
 from kd_det.registry import SOURCES
 from kd_det.sources.bifpn import BiFPN
+from kd_det.sources.drawn_anew import drawn_anew
+from kd_det.sources.second_head import PREDICTIONS, head_losses
 from kd_det.sources.source import Source, Targets
-
-_PREDICTIONS = {"cls_logits": 0, "box_deltas": 1}
 
 
 @SOURCES.register()
@@ -86,7 +83,7 @@ class FRSKD(Source):
 
     def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:
         """What is refined, and what says how its own taps look, and its head's levels."""
-        return tuple(dict.fromkeys((*self.inputs, "features", *_PREDICTIONS)))
+        return tuple(dict.fromkeys((*self.inputs, "features", *PREDICTIONS)))
 
     def wire(self, student: Mapping[str, list[TapShape]]) -> None:  # noqa: D102  # as in the base
         found = [(shape, tap) for tap in self.inputs for shape in student[tap]]
@@ -102,7 +99,7 @@ class FRSKD(Source):
         self._read = [(tap, shape.level) for shape, tap in found]
         channels = [max(1, round(self.width * s.channels)) for s in shapes]
         self.bifpn = BiFPN([s.channels for s in shapes], channels, self.depth)
-        self._shapes = {name: student[name] for name in _PREDICTIONS}
+        self._shapes = {name: student[name] for name in PREDICTIONS}
         self._shapes["refined"] = [
             replace(s, channels=d) for s, d in zip(shapes, channels, strict=True)
         ]
@@ -142,7 +139,7 @@ class FRSKD(Source):
                 F.max_pool2d(levels[-1], 1, stride=2) if i is None else bridge(refined[i])
             )
         predictions = self.head(levels)
-        found = {"refined": refined, **{tap: predictions[i] for tap, i in _PREDICTIONS.items()}}
+        found = {"refined": refined, **{tap: predictions[i] for tap, i in PREDICTIONS.items()}}
         targets = {
             tap: {
                 shape.level: x.detach()
@@ -150,31 +147,12 @@ class FRSKD(Source):
             }
             for tap in taps
         }
-        return Targets(targets, self._losses(context, levels, predictions))
-
-    def _losses(
-        self, context: Context, levels: list[Tensor], predictions: Sequence[list[Tensor]]
-    ) -> dict[str, Tensor]:
-        # Labelled images come first. Without any there is a loss all the same, of weight 0: DDP
-        # waits for every parameter.
-        count = sum(map(is_labelled, context.inputs))
-        inputs = context.inputs[:count] or [without_objects(x) for x in context.inputs]
-        n = len(inputs)
-        losses = context.detector().dense_losses(
-            inputs, [x[:n] for x in levels], [[x[:n] for x in maps] for maps in predictions]
+        return Targets(
+            targets,
+            {
+                f"{name}_{self.suffix}": loss
+                for name, loss in head_losses(
+                    context.detector(), context.inputs, levels, predictions
+                ).items()
+            },
         )
-        weight = 1 if count else 0
-        return {f"{name}_{self.suffix}": weight * loss for name, loss in losses.items()}
-
-
-@torch.no_grad()
-def drawn_anew(module: nn.Module) -> nn.Module:
-    """
-    A copy that trains, with the entries of every parameter in another order: of one that has just
-    been initialised, whatever the rule was, a second draw; what was constant (a bias, the gain of a
-    norm) stays as it is.
-    """
-    module = copy.deepcopy(module).requires_grad_(True)
-    for p in module.parameters():
-        p.copy_(p.flatten()[torch.randperm(p.numel(), device=p.device)].view_as(p))
-    return module

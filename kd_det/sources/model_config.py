@@ -78,8 +78,11 @@ class ModelConfig:
         of that name, what the zoo has trained with it; else what the config itself names.
         """
         trained = zoo_checkpoint(self.path)
-        if trained is not None:
-            return trained
+        return self.initial_weights if trained is None else trained
+
+    @property
+    def initial_weights(self) -> str:
+        """The checkpoint that a training of this config starts from; empty for random weights."""
         if self._is_lazy:
             weights = str((self._cfg.get("train") or {}).get("init_checkpoint") or "")
         else:
@@ -104,6 +107,27 @@ class ModelConfig:
             tree = OmegaConf.to_container(self._cfg, resolve=False)
             return json.dumps(tree, default=lambda x: getattr(x, "__qualname__", str(type(x))))
         return str(self._cfg.dump())
+
+    def in_place_of(self, cfg: CfgNode) -> CfgNode:
+        """
+        A config that trains and tests this model as another config does its own: that one, with
+        this one's ``MODEL`` and channel order.
+
+        Args:
+            cfg: of a plain detector.
+
+        Raises:
+            ValueError: if this is a LazyConfig, which says nothing in these terms.
+        """
+        if self._is_lazy:
+            raise ValueError(f"'{self.path}' is a LazyConfig: it has no part in a YAML config.")
+        cfg = cfg.clone()
+        cfg.defrost()
+        device = cfg.MODEL.DEVICE
+        cfg.MODEL = self._cfg.MODEL.clone()
+        cfg.MODEL.DEVICE = device
+        cfg.INPUT.FORMAT = self._cfg.INPUT.FORMAT
+        return cfg
 
     def test_mapper(self, input_format: str) -> Callable[[dict[str, Any]], Any]:
         """

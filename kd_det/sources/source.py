@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from kd_det.classes import ClassNames, unknown
 from kd_det.context import Context
 from kd_det.detectors import TapShape
 from kd_det.taps import Maps
@@ -20,13 +21,17 @@ class Targets:
     What a source gives to one step.
 
     Attributes:
-        maps: for every asked tap its maps, detached unless the source says otherwise.
+        maps: for every asked tap its maps; with gradients where the source learns by them
+            (`Source.is_learner`). As targets they reach a term detached, see `Term.moves_target`.
         losses: losses of the source's own networks (a self-teacher's task loss), which are added
             to the step's loss dict under their names.
+        learner: of a source that is a learner, the step from its side: its network as ``student``,
+            and ``maps`` as ``student_maps``.
     """
 
     maps: Mapping[str, Maps]
     losses: dict[str, Tensor] = field(default_factory=dict)
+    learner: Context | None = None
 
 
 class Source(nn.Module):
@@ -47,17 +52,56 @@ class Source(nn.Module):
     counts: an average follows the student, a self-teacher has a task loss. In the other steps it is
     asked for no taps.
     """
+    is_learner: bool = False
+    """
+    Whether it learns the student's task from the labels, as the student does: it runs in every
+    step, whether a term names it or not, and a term may name it as its ``learner``.
+    """
+    run_name: str = ""
+    """What the run calls it; set by the wiring."""
+    of: str = ""
+    """Which network it is made of, of those that learn: the student (empty), or a peer's name."""
+    members: tuple[str, ...] = ()
+    """
+    Names of other sources whose maps it reads, ``student`` for the student's: they run before it,
+    and their maps come as ``context.targets``.
+    """
+    run_classes: ClassNames = staticmethod(unknown)
+    """What the run's labels are called; set by the wiring."""
+
+    @property
+    def network(self) -> nn.Module | None:
+        """A whole detector of its own, to be evaluated and exported, or ``None``."""
+        return None
+
+    def reads(self, taps: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+        """
+        Taps of its members that it needs to give these taps, by member: of each the same ones.
+
+        Args:
+            taps: names of taps of this source.
+        """
+        return dict.fromkeys(self.members, taps)
+
+    def wire_members(self, shapes: Mapping[str, Mapping[str, list[TapShape]]]) -> None:
+        """
+        Look at the shapes of what it `reads`, by member and tap; called once, before `shapes`.
+
+        Raises:
+            ValueError: if they do not fit together.
+        """
 
     def attach(self, student: nn.Module) -> None:
         """
-        Meet the student, for a source that is made of it; called once, first of all. Its weights
-        may be loaded later, and it may move to another device.
+        Meet the student, for a source that is made of it, or the peer that `of` names; called once,
+        first of all. Its weights may be loaded later, and it may move to another device.
 
         Args:
             student: the detector. It must not become a submodule.
 
         Raises:
             ValueError: if nothing can be made of this one.
+            SourceUnavailable: if a file that says what the source is is missing.
         """
 
     def student_taps(self, taps: tuple[str, ...]) -> tuple[str, ...]:

@@ -237,10 +237,7 @@ class Teacher(Source):
 
     def _inputs(self, context: Context) -> list[dict[str, Any]]:
         """The step's images in the teacher's channel order and size."""
-        inputs = context.inputs
-        if context.input_format != self.input_format:
-            # Swapped before the teacher normalises: its mean and std belong to its own order.
-            inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
+        inputs = context.inputs_in(self.input_format)
         if self.scale != 1.0:
             inputs = [{**x, "image": self._resized(x["image"])} for x in inputs]
         return inputs

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -58,13 +58,17 @@ class PlanRow:
 
 class Term(nn.Module):
     """
-    One addition to the student's loss: ``weight * schedule(progress) * sum_l value_l``.
+    One addition to a learner's loss, the student's unless it says otherwise:
+    ``weight * schedule(progress) * sum_l value_l``.
 
     A term owns what it trains (connectors, generators, teacher-side modules) as submodules: those
     parameters are optimised with the student's and are never exported.
 
     Args:
-        source: name of the source that is imitated; empty for the only one.
+        source: name of the source that is imitated; empty for the only one, ``student`` for the
+            student itself, whom a peer imitates.
+        learner: who imitates: empty for the student, or the name of a source that learns with it
+            (`Source.is_learner`). "The student" is then that one, in all that a term is given.
         weight: factor on the term, finite and >= 0; 0 removes the term and its taps.
         schedule: how the weight moves over the run.
 
@@ -79,17 +83,30 @@ class Term(nn.Module):
     autograd refuses to save. Not inherited: a subclass may compute something else.
     """
 
+    moves_target: bool = False
+    """
+    Whether the gradient of `forward` goes to both sides: targets of sources that learn come as they
+    are then, and not detached. Not inherited either.
+    """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.saves_target = cls.__dict__.get("saves_target", True)
+        cls.moves_target = cls.__dict__.get("moves_target", False)
 
     def __init__(
-        self, *, source: str = "", weight: float = 1.0, schedule: Schedule = Constant()
+        self,
+        *,
+        source: Annotated[str, "name"] = "",
+        learner: Annotated[str, "name"] = "",
+        weight: float = 1.0,
+        schedule: Schedule = Constant(),
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{type(self).__name__} needs a finite weight >= 0, but got {weight}.")
         self.source = source
+        self.learner = learner
         self.weight = float(weight)
         self.schedule = schedule
 

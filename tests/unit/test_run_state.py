@@ -77,7 +77,7 @@ def test_what_is_done_aside_reaches_neither_the_next_step_nor_a_checkpoint():
         drawn()
         step(student, 0)  # as PreciseBN does
         saved = run.state_dict()["ranks"][0]
-    assert student.loss_normalizer == value == saved["model"]["loss_normalizer"]
+    assert student.loss_normalizer == value == saved["running"][0]["loss_normalizer"]
     for found in (torch.get_rng_state(), saved["rng"]["torch"]):
         assert torch.equal(found, state)
     drawn()  # the end of a run evaluates, and saves, once more
