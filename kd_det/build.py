@@ -211,9 +211,8 @@ def network_config(cfg: CfgNode, name: str = "") -> CfgNode:
 
 def write_student_config(cfg: CfgNode) -> None:
     """
-    Write ``student.yaml`` into ``OUTPUT_DIR``: the config, without ``KD``, of the student (or of the
-    peer that is exported in its place), with which stock Detectron2 evaluates ``model_final.pth``
-    where kd_det is not installed.
+    Write ``student.yaml`` into ``OUTPUT_DIR``: the config, without ``KD``, of what the run exports,
+    with which stock Detectron2 evaluates ``model_final.pth`` where kd_det is not installed.
     """
     if not cfg.OUTPUT_DIR or not comm.is_main_process():
         return

@@ -8,15 +8,29 @@ from detectron2.config import CfgNode
 from tests.steps import step
 from tests.toys import batch, distiller_cfg
 
-INPUTS = batch(((128, 128), (100, 120)))  # with padding
+
+def two_views(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """A batch with a second view of every image."""
+    inputs = batch(*args, **kwargs)
+    return [{**x, "view_2": (x["image"] * 0.8 + 20).to(x["image"].dtype)} for x in inputs]
+
+
+INPUTS = two_views(((128, 128), (100, 120)))  # with padding
 AT = {"TYPE": "AT", "TAP": "features", "SOURCE_TAP": "refined", "WEIGHT": 100.0}
 PI = {"TYPE": "PI", "TAP": "cls_logits", "MODE": "sigmoid", "NORMALIZER": "positives"}
 FPN = {"TYPE": "CWD", "TAP": "features"}
 EMA = {"MEAN": {"TYPE": "EMA"}}
 FRSKD = {"SELF": {"TYPE": "FRSKD"}}
-SELVES = {  # sources and terms of both
+PEER = {"PEER": {"TYPE": "Peer"}}
+DML = {
+    "LOGITS": {**PI, "SOURCE": "PEER"},
+    "BACK": {**PI, "SOURCE": "STUDENT", "LEARNER": "PEER"},
+    "FPN": {**FPN, "SOURCE": "PEER"},
+}
+SELVES = {  # sources and terms of each
     "EMA": (EMA, {"LOGITS": PI, "FPN": FPN}),
     "FRSKD": (FRSKD, {"LOGITS": PI, "FPN": AT}),
+    "DML": (PEER, DML),
 }
 
 
@@ -31,7 +45,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, iterations: range) -> li
     """The losses of steps on images of their own."""
     values = []
     for iteration in iterations:
-        losses = step(model, iteration, batch(((128, 128), (96, 128)), seed=iteration))
+        losses = step(model, iteration, two_views(((128, 128), (96, 128)), seed=iteration))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()

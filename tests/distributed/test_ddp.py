@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_det.registry import SOURCES
 from tests import selves
 from tests.parts import SelfTeacher
-from tests.toys import batch, distiller_cfg
+from tests.selves import two_views
+from tests.toys import distiller_cfg
 
 assert kd_det
 pytestmark = pytest.mark.dist
@@ -86,7 +87,7 @@ def train(
     with EventStorage(0) as storage:
         for iteration in range(2):
             storage.iter = iteration
-            losses = model(batch(((64, 64),), seed=10 * rank + iteration, boxes=boxes[rank]))
+            losses = model(two_views(((64, 64),), seed=10 * rank + iteration, boxes=boxes[rank]))
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
@@ -99,7 +100,12 @@ def train(
         "parameters": copied(named),
         "keys": list(model.state_dict()),
         "student": list(model.module.student.state_dict()),
-        "kd": model.module.kd_state_dict()["tensors"],
+        # Running statistics are those of a process, in a peer as in the student.
+        "kd": {
+            k: v
+            for k, v in model.module.kd_state_dict()["tensors"].items()
+            if not (k.startswith("sources.peer") and ("running_" in k or "extra_state" in k))
+        },
     }
 
 
@@ -114,6 +120,12 @@ CASES: dict[str, tuple] = {
     ),
     "the average of the student": ({"FPN": {**FPN, "SOURCE": "MEAN"}}, (2, 2), selves.EMA),
     "FRSKD": ({"FPN": {**selves.AT, "SOURCE": "SELF"}}, (2, 0), selves.FRSKD),
+    "a peer": (selves.DML, (2, 0), selves.PEER),
+    "a peer in waiting": (
+        {"FPN": {**LATE, "SOURCE": "PEER"}, "BACK": {**selves.DML["BACK"], "LEARNER": "PEER"}},
+        (2, 2),
+        {**selves.PEER, "SECOND": {"TYPE": "SecondHead", "OF": "PEER"}},
+    ),
     "FRSKD in waiting": (
         {"FPN": {**LATE, "SOURCE": "SELF", "SOURCE_TAP": "refined"}},
         (2, 2),

@@ -1,4 +1,4 @@
-"""A student that is its own teacher (EMA, FRSKD): resume, mixed precision, plan, export."""
+"""Students without a trained teacher: resume, mixed precision, plan, export."""
 
 import io
 from typing import Any
@@ -86,10 +86,12 @@ def test_the_plan_and_a_measured_step(cfg: CfgNode) -> None:
     model = seeded(cfg).train()
     model.on_start = None
     model.prepare()
-    (name,) = model.sources
+    name = model.wiring.source_of["fpn"]
     lines = plan_table(model, (2, 128, 128)).splitlines()
     target = "refined.p4" if name == "self" else "features.p4"
     assert any(line.split()[:4] == [name, "fpn", "features.p4", target] for line in lines)
+    beside = [line.split()[0] for line in lines if "trains beside the student" in line]
+    assert beside == [k for k, source in model.sources.items() if source.is_learner]
     losses, peak = measure_step(model, INPUTS)
     assert {"loss_kd_fpn", "loss_kd_logits"} <= set(losses)
     assert peak > 0

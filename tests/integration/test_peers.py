@@ -1,0 +1,361 @@
+"""Networks that learn beside the student: peers, second heads, and terms that teach them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from kd_det import Distiller, terms
+from kd_det.context import second_view
+from kd_det.detectors import running_values, set_running_values
+from kd_det.sources import Peer, SourceUnavailable
+from tests.selves import DML, INPUTS, PEER, PI, self_cfg
+from tests.steps import exactly, gradients, seeded, step
+from tests.toys import batch, save_teacher, toy_cfg, toy_fcos
+
+FORTH = DML["LOGITS"]
+BOTH = {"FORTH": FORTH, "BACK": DML["BACK"]}
+
+
+def peer_of(model: Any) -> nn.Module:
+    return model.sources["peer"].model
+
+
+def in_python(peer: nn.Module, student: nn.Module, **more: Any) -> Distiller:
+    both = {
+        "forth": terms.PI(mode="sigmoid", source="peer"),
+        "back": terms.PI(mode="sigmoid", source="student", learner="peer"),
+    }
+    distiller = Distiller(student=student, sources={"peer": Peer(model=peer)}, terms=both, **more)
+    return distiller.train()
+
+
+def test_identical_peers_agree() -> None:
+    student = seeded(toy_cfg())
+    model = in_python(copy.deepcopy(student), student)
+    losses = step(model, 0, INPUTS)
+    assert not losses["loss_kd_forth"].any()
+    assert not losses["loss_kd_back"].any()
+    assert float(losses["peer/loss_cls"]) == float(losses["loss_cls"]) > 0
+    (losses["loss_kd_forth"] + losses["loss_kd_back"]).backward()
+    assert all(not g.any() for g in gradients(model).values())
+
+
+def test_each_term_moves_its_learner_alone() -> None:
+    model = seeded(self_cfg(PEER, BOTH)).train()
+    losses = step(model, 0, INPUTS)
+    for term, moved, still in [
+        ("forth", model.student, peer_of(model)),
+        ("back", peer_of(model), model.student),
+    ]:
+        assert float(losses[f"loss_kd_{term}"].detach()) > 0
+        model.zero_grad()
+        losses[f"loss_kd_{term}"].backward(retain_graph=True)
+        assert any(g.any() for g in gradients(moved).values())
+        assert not gradients(still)
+
+
+def test_the_two_divergences_are_those_of_both_directions() -> None:
+    """KL(peer || student) for the student, KL(student || peer) for the peer."""
+    model = seeded(self_cfg(PEER, {k: {**v, "NORMALIZER": "cells"} for k, v in BOTH.items()}))
+    losses = step(model.train(), 0, INPUTS)
+    swapped = in_python(copy.deepcopy(model.student), copy.deepcopy(peer_of(model)))
+    again = step(swapped, 0, INPUTS)
+    for a, b in [("forth", "back"), ("back", "forth")]:
+        exactly(losses[f"loss_kd_{a}"], again[f"loss_kd_{b}"])
+    assert float(losses["loss_kd_forth"]) != float(losses["loss_kd_back"])
+
+
+def test_the_student_trains_as_without_a_peer() -> None:
+    """Its losses, its gradients, its log and its running values, to the bit."""
+    cfg = self_cfg(PEER, {})
+    model = seeded(cfg).train()
+    plain = copy.deepcopy(model.student)
+    with EventStorage(0) as ours:
+        losses = model(INPUTS)
+    with EventStorage(0) as theirs:
+        expected = plain(INPUTS)
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    assert {k for k in losses if "/" not in k} == set(expected)
+    exactly({k: losses[k] for k in expected}, expected)
+    exactly(gradients(model.student), gradients(plain))
+    assert {k: v for k, v in ours.latest().items() if not k.startswith("kd/")} == theirs.latest()
+    assert running_values(model.student) == running_values(plain) != {}
+    assert all(p.grad is not None for p in peer_of(model).parameters() if p.requires_grad)
+
+
+def test_a_second_network_of_the_same_config_starts_from_other_numbers() -> None:
+    model = seeded(self_cfg(PEER, BOTH))
+    mine, theirs = (m.backbone.fpn_output3.weight for m in model.networks.values())
+    assert mine.shape == theirs.shape
+    assert not torch.equal(mine, theirs)
+    exactly(dict(seeded(toy_cfg()).state_dict()), dict(model.student.state_dict()))
+
+
+@pytest.mark.parametrize("other", [{"width": 8, "fpn": 16}, {"norm": "FrozenBN"}])
+def test_peers_of_different_architectures(tmp_path: Path, other: dict[str, Any]) -> None:
+    config, _ = save_teacher(tmp_path, **other)
+    sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}
+    model = seeded(self_cfg(sources, BOTH)).train()
+    losses = step(model, 0, INPUTS)
+    sum(losses.values()).backward()
+    assert all(float(losses[f"loss_kd_{x}"].detach()) > 0 for x in ("forth", "back"))
+    size = {k: sum(p.numel() for p in m.parameters()) for k, m in model.networks.items()}
+    assert size["student"] != size["peer"] or other.get("norm")
+
+
+def test_peers_of_different_meta_architectures() -> None:
+    model = in_python(toy_fcos(), seeded(toy_cfg()))
+    losses = step(model, 0, INPUTS)
+    assert {"peer/loss_fcos_cls", "peer/loss_fcos_loc", "peer/loss_fcos_ctr"} <= set(losses)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(x) for x in losses.values())
+
+
+def test_three_peers_teach_each_other() -> None:
+    """1 / (P - 1) times the sum over the others."""
+    sources = {"ONE": {"TYPE": "Peer"}, "TWO": {"TYPE": "Peer"}}
+    names = ("STUDENT", "ONE", "TWO")
+    pairs = {
+        f"{a}_{b}": {**PI, "LEARNER": a, "SOURCE": b, "WEIGHT": 0.5}
+        for a in names
+        for b in names
+        if a != b
+    }
+    model = seeded(self_cfg(sources, pairs)).train()
+    losses = step(model, 0, INPUTS)
+    assert len([k for k in losses if k.startswith("loss_kd_")]) == 6
+    sum(x for k, x in losses.items() if k.startswith("loss_kd_")).backward()
+    assert all(any(g.any() for g in gradients(m).values()) for m in model.networks.values())
+
+
+def test_a_peer_starts_from_weights_of_its_own(tmp_path: Path) -> None:
+    config, weights = save_teacher(tmp_path)
+    sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config, "WEIGHTS": weights}}
+    model = seeded(self_cfg(sources, BOTH)).train()
+    step(model, 0, INPUTS)
+    loaded = torch.load(weights)["model"]
+    ours = {k: p.detach() for k, p in peer_of(model).named_parameters()}
+    exactly(ours, {k: loaded[k] for k in ours})
+    # A run that goes on has trained it further.
+    with torch.no_grad():
+        next(peer_of(model).parameters()).add_(1)
+    other = seeded(self_cfg(sources, BOTH)).train()
+    other.load_kd_state_dict(model.kd_state_dict())
+    step(other, 5, INPUTS)
+    exactly(next(peer_of(other).parameters()), next(peer_of(model).parameters()))
+
+
+def test_the_initial_weights_of_the_config_are_the_default(tmp_path: Path) -> None:
+    _, weights = save_teacher(tmp_path)
+    cfg = self_cfg(PEER, BOTH)
+    cfg.MODEL.WEIGHTS = weights
+    model = seeded(cfg).train()
+    model.prepare()
+    loaded = torch.load(weights)["model"]
+    exactly(peer_of(model).head.cls_score.weight.detach(), loaded["head.cls_score.weight"])
+
+
+@pytest.mark.parametrize("field", ["CONFIG_FILE", "WEIGHTS"])
+def test_a_missing_file_stops_the_training_alone(field: str) -> None:
+    model = seeded(self_cfg({"PEER": {"TYPE": "Peer", field: "nowhere.pth"}}, BOTH)).train()
+    with pytest.raises(SourceUnavailable, match=r"nowhere\.pth"):
+        step(model, 0, INPUTS)
+    model.eval()
+    assert "instances" in model(batch(((64, 64),)))[0]
+
+
+def test_a_peer_needs_no_term_and_outlives_them() -> None:
+    """Without terms it is the control: two networks that train side by side."""
+    over = {"SCHEDULE": {"TYPE": "Constant", "STOP_ITER": 5}}
+    model = seeded(self_cfg(PEER, {"FORTH": {**FORTH, **over}})).train()
+    losses = step(model, 0, INPUTS)
+    assert float(losses["loss_kd_forth"].detach()) > 0
+    losses = step(model, 50, INPUTS)
+    assert float(losses["peer/loss_cls"].detach()) > 0
+    assert float(losses["loss_kd_forth"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("sources", "terms_", "wrong"),
+    [
+        (PEER, {"T": {**PI, "SOURCE": "PEER", "LEARNER": "PER"}}, "'per'.*Did you mean 'peer'"),
+        (
+            {"MEAN": {"TYPE": "EMA"}},
+            {"T": {**PI, "SOURCE": "STUDENT", "LEARNER": "MEAN"}},
+            "a EMA, which no term can move",
+        ),
+        ({"STUDENT": {"TYPE": "Peer"}}, {}, "cannot be called 'student'"),
+        ({"HEAD": {"TYPE": "SecondHead", "OF": "X"}}, {}, "Source 'head' is made of.*'x'"),
+        (
+            {**PEER, "A": {"TYPE": "SecondHead"}, "B": {"TYPE": "SecondHead", "OF": "A"}},
+            {},
+            "Source 'b'.*'a', which is no network",
+        ),
+        ({"HEAD": {"TYPE": "SecondHead", "VIEW": 3}}, {}, "view 1 or 2, but got 3"),
+        (
+            {"HEAD": {"TYPE": "SecondHead"}},
+            {
+                "T": {
+                    **PI,
+                    "SOURCE": "HEAD",
+                    "TAP": "features",
+                    "MODE": "sigmoid",
+                    "SOURCE_TAP": "x",
+                }
+            },
+            "no tap x",
+        ),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(sources: dict, terms_: dict, wrong: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=wrong):
+        build_model(self_cfg(sources, terms_))
+
+
+class Between(terms.PI):
+    """A term that moves both sides."""
+
+    moves_target = True
+
+    def compare(self, student: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        return (student.sigmoid() - target.sigmoid()).abs().mean()
+
+
+class Inherits(Between):
+    """One that does not say so."""
+
+
+@pytest.mark.parametrize(("kind", "both"), [(Between, True), (Inherits, False)])
+def test_a_term_may_move_both_sides(kind: type, both: bool) -> None:
+    student = seeded(toy_cfg())
+    model = Distiller(
+        student=student,
+        sources={"peer": Peer(model=seeded(toy_cfg(), seed=9))},
+        terms={"both": kind(source="peer", mode="sigmoid")},
+    ).train()
+    step(model, 0, INPUTS)["loss_kd_both"].backward()
+    assert any(g.any() for g in gradients(model.student).values())
+    assert any(g.any() for g in gradients(peer_of(model)).values()) == both
+
+
+HEADS = {"SECOND": {"TYPE": "SecondHead"}, **PEER, "THIRD": {"TYPE": "SecondHead", "OF": "PEER"}}
+
+
+def test_a_second_head_is_a_head_of_the_network_that_sees_the_second_view() -> None:
+    model = seeded(self_cfg(HEADS, {})).train()
+    losses = step(model, 0, INPUTS)
+    for name, network in [("second", model.student), ("third", peer_of(model))]:
+        twin = copy.deepcopy(network)
+        twin.head = copy.deepcopy(model.sources[name].head)
+        # Its loss counts this batch's anchors once more, from where its network's had got.
+        set_running_values(twin, running_values(network))
+        expected = step(twin, 0, second_view(INPUTS))
+        for loss, value in expected.items():
+            torch.testing.assert_close(losses[f"{name}/{loss}"], value)
+        assert float(losses[f"{name}/loss_cls"]) != float(losses["loss_cls"])
+
+
+def test_each_head_sees_its_view_only() -> None:
+    model = seeded(self_cfg({"SECOND": {"TYPE": "SecondHead"}}, {})).train()
+    state = copy.deepcopy(model)
+    losses = step(model, 0, INPUTS)
+    for key, same in [("view_2", "loss_cls"), ("image", "second/loss_cls")]:
+        other = copy.deepcopy(state)
+        found = step(other, 0, [{**x, key: 255 - x[key]} for x in INPUTS])
+        for name in ("loss_cls", "second/loss_cls"):
+            assert bool(found[name] == losses[name]) == (name == same)
+
+
+def test_a_second_head_trains_its_backbone_and_not_the_first_head() -> None:
+    model = seeded(self_cfg(HEADS, {})).train()
+    step(model, 0, INPUTS)["third/loss_cls"].backward()
+    assert gradients(model.student) == {}
+    own = gradients(peer_of(model))
+    assert any(k.startswith("backbone.") for k in own)
+    assert not any(k.startswith("head.") for k in own)
+    assert gradients(model.sources["third"])
+
+
+def test_a_batch_without_second_views_is_a_sentence() -> None:
+    model = seeded(self_cfg({"SECOND": {"TYPE": "SecondHead"}}, {})).train()
+    with pytest.raises(ValueError, match=r"no 'view_2': set KD\.VIEWS\.ENABLED"):
+        step(model, 0, batch())
+    same = seeded(self_cfg({"SECOND": {"TYPE": "SecondHead", "VIEW": 1}}, {})).train()
+    assert "second/loss_cls" in step(same, 0, batch())
+
+
+def test_a_copy_is_a_run_of_its_own() -> None:
+    model = seeded(self_cfg(HEADS, BOTH)).train()
+    other = copy.deepcopy(model)
+    assert set(map(id, other.networks.values())).isdisjoint(map(id, model.networks.values()))
+    assert other.networks["peer"] is peer_of(other)
+    step(other, 0, INPUTS)["third/loss_cls"].backward()
+    assert not gradients(model)
+    assert gradients(peer_of(other))
+
+
+# What a checkpoint holds -----------------------------------------------------------------------
+
+
+def exporting(name: str, folder: Path) -> CfgNode:
+    config, _ = save_teacher(folder, fpn=16)
+    cfg = self_cfg({"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}, BOTH)
+    cfg.KD.EXPORT_PEER = name
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["", "student", "PEER"])
+def test_the_checkpoint_is_that_of_the_exported_network(tmp_path: Path, name: str) -> None:
+    model = seeded(exporting(name, tmp_path)).train()
+    step(model, 0, INPUTS)
+    network = model.networks["peer" if name == "PEER" else "student"]
+    assert model.exported is network
+    exactly(dict(model.state_dict()), dict(network.state_dict()))
+    beside = model.kd_state_dict()["tensors"]
+    others = [k for k, m in model.networks.items() if m is not network]
+    held = {"student": "student.", "peer": "sources.peer.model."}
+    assert {k for k in held if any(x.startswith(held[k]) for x in beside)} == set(others)
+    model.eval()
+    inputs = batch(((64, 64),))
+    a, b = model(inputs)[0]["instances"], network.eval()(inputs)[0]["instances"]
+    exactly(a.scores, b.scores)
+
+
+@pytest.mark.parametrize("name", ["", "PEER"])
+def test_both_networks_come_back(tmp_path: Path, name: str) -> None:
+    model = seeded(exporting(name, tmp_path)).train()
+    step(model, 0, INPUTS)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    other = seeded(exporting(name, tmp_path), seed=99)
+    found = other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    for key, network in model.networks.items():
+        exactly(dict(other.networks[key].state_dict()), dict(network.state_dict()))
+        assert running_values(other.networks["peer"]) == running_values(peer_of(model))
+
+
+def test_weights_for_the_student_are_no_checkpoint_of_a_peer(tmp_path: Path) -> None:
+    model = seeded(exporting("PEER", tmp_path))
+    weights = build_model(toy_cfg()).state_dict()
+    with pytest.raises(ValueError, match=r"that of the network 'peer'.*distiller\.starting"):
+        model.load_state_dict(weights)
+    peer = copy.deepcopy(dict(peer_of(model).state_dict()))
+    with model.starting():
+        model.load_state_dict(weights)
+    exactly(dict(model.student.state_dict()), dict(weights))
+    exactly(dict(peer_of(model).state_dict()), peer)
+
+
+def test_an_unknown_network_is_not_exported() -> None:
+    cfg = self_cfg(PEER, BOTH)
+    cfg.KD.EXPORT_PEER = "PEAR"
+    with pytest.raises(KeyError, match=r"no network 'pear'.*Did you mean 'peer'"):
+        build_model(cfg)
