@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
+from kd_det.losses.class_scores import by_anchor, check_mode
 from kd_det.losses.predictions import bernoulli_kl, softmax_kl
 from kd_det.losses.reduce import mean_over_images, sum_over_cells
-
-MODES = ("softmax", "sigmoid")
 
 
 def pixel_wise_kl(
@@ -50,19 +49,11 @@ def pixel_wise_kl(
     Raises:
         ValueError: if the mode is unknown, or C is no multiple of ``classes``.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is one of {', '.join(MODES)}, but got '{mode}'.")
+    check_mode(mode)
     if mode == "sigmoid":
         each = bernoulli_kl(student, teacher, tau=tau, cross_entropy=cross_entropy)
     else:
-        channels = student.shape[1]
-        if channels % (classes or channels):
-            raise ValueError(
-                f"there are {channels} channels, which are no whole number of anchors with "
-                f"{classes} classes each."
-            )
-        per_anchor = (-1, classes or channels)
-        s, t = student.unflatten(1, per_anchor), teacher.unflatten(1, per_anchor)
+        s, t = by_anchor(student, classes), by_anchor(teacher, classes)
         each = softmax_kl(s, t, tau=tau, dim=2, cross_entropy=cross_entropy)  # (N, A, H, W)
     cells = each.sum(1, keepdim=True)  # (N, 1, H, W)
     if normalizer is None:

@@ -1,6 +1,7 @@
 """Target sources: who is imitated."""
 
 from kd_det.sources.ema import EMA
+from kd_det.sources.ensemble import Ensemble
 from kd_det.sources.frskd import FRSKD
 from kd_det.sources.hidden import Hidden
 from kd_det.sources.peer import Peer
@@ -14,6 +15,7 @@ __all__ = [
     "EMA",
     "FRSKD",
     "STUDENT",
+    "Ensemble",
     "Hidden",
     "Peer",
     "ScriptedTeacher",

@@ -3,6 +3,7 @@
 from kd_det.terms.at import AT
 from kd_det.terms.box_head import BoxHead
 from kd_det.terms.channel_distillation import ChannelDistillation
+from kd_det.terms.consistency import Consistency
 from kd_det.terms.cwd import CWD
 from kd_det.terms.fgfi import FGFI
 from kd_det.terms.fitnet import FitNet
@@ -24,6 +25,7 @@ __all__ = [
     "RPN",
     "BoxHead",
     "ChannelDistillation",
+    "Consistency",
     "FitNet",
     "LevelwiseTerm",
     "LogitBoxKD",

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from kd_det.channels import Common
 from kd_det.context import Context
-from kd_det.losses import MODES, pixel_wise_kl, temperature
+from kd_det.losses import pixel_wise_kl, temperature
 from kd_det.pairing import Pair
 from kd_det.registry import TERMS
 from kd_det.sources import Source
 from kd_det.taps import Maps
+from kd_det.terms.anchor_classes import check_class_fields, classes_per_anchor
 from kd_det.terms.levelwise import LevelwiseTerm
 from kd_det.terms.normalizer import check_normalizer, divisor
 
@@ -60,10 +61,7 @@ class PI(LevelwiseTerm):
         **levelwise: Any,
     ) -> None:
         super().__init__(tap=tap, **levelwise)
-        if mode not in MODES:
-            raise ValueError(f"PI's mode is one of {', '.join(MODES)}, but got '{mode}'.")
-        if num_classes < 0:
-            raise ValueError(f"PI needs num_classes >= 0, but got {num_classes}.")
+        check_class_fields("PI", mode, num_classes)
         check_normalizer("PI", normalizer)
         self.mode = mode
         self.tau = temperature("PI", tau)
@@ -75,30 +73,10 @@ class PI(LevelwiseTerm):
     def connect(self, pair: Pair) -> Common:  # noqa: D102  # as in the base
         common = super().connect(pair)
         if self.mode == "softmax":
-            self.classes[pair.student.level] = self._classes(common, pair.student.level)
+            where = f"level {pair.student.level} of tap '{self.tap}'"
+            classes = classes_per_anchor(common, self.num_classes, self.mode, where)
+            self.classes[pair.student.level] = classes
         return common
-
-    def _classes(self, common: Common, level: str) -> int:
-        """The classes of one softmax on a level."""
-        known, asked = common.per_anchor, self.num_classes
-        if known and asked and known != asked:
-            raise ValueError(
-                f"level {level} of tap '{self.tap}' has {known} classes per anchor in common, and "
-                f"NUM_CLASSES says {asked}: leave it at 0, it is for taps that do not tell"
-            )
-        classes = known or asked or common.channels
-        if common.channels % classes:
-            raise ValueError(
-                f"level {level} of tap '{self.tap}' has {common.channels} channels, which are no "
-                f"whole number of anchors with {classes} classes each: set NUM_CLASSES to the "
-                "number of classes"
-            )
-        if classes == 1:
-            raise ValueError(
-                f"level {level} of tap '{self.tap}' has one class per anchor, whose softmax is 1 "
-                'whatever the logits are: set MODE: "sigmoid"'
-            )
-        return classes
 
     def forward(  # noqa: D102  # as in the base
         self,
