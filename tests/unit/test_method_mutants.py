@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd_det.losses import pixel_wise_kl, weighted_bce
-from kd_det.registry import REGIONS, TERMS
+from kd_det.registry import REGIONS, SOURCES, TERMS
 from tests.lone_terms import toy_context, toy_student
 from tests.parity import test_methods_parity as parity
 from tests.unit import test_method_losses as properties
@@ -22,7 +22,7 @@ from tests.unit import test_mutants
 
 def mutate(monkeypatch, path, old, new):
     """Put the code of a mutant into the real functions and methods, wherever they are held."""
-    for registry in (TERMS, REGIONS):  # a second class of one name would be refused
+    for registry in (TERMS, REGIONS, SOURCES):  # a second class of one name would be refused
         monkeypatch.setattr(registry, "register", lambda: lambda cls: cls)
     changed = vars(test_mutants.mutant(path, old, new))
     name = "kd_det." + path.removesuffix(".py").replace("/", ".")

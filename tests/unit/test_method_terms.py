@@ -14,7 +14,17 @@ from kd_det.fields import fields_of
 from kd_det.regions import AnchorIoU, Attention, GTBox, Ones, Padding, TeacherScore, TopBoxes
 from kd_det.registry import TERMS
 from kd_det.schedules import Constant
-from kd_det.terms import AT, FGFI, FKD, PI, PKD, ChannelDistillation, FitNet, LogitBoxKD
+from kd_det.terms import (
+    AT,
+    FGFI,
+    FKD,
+    PI,
+    PKD,
+    ChannelDistillation,
+    Consistency,
+    FitNet,
+    LogitBoxKD,
+)
 from tests.lone_terms import (
     STRIDES,
     aligned,
@@ -27,7 +37,7 @@ from tests.lone_terms import (
 )
 from tests.waits import counted
 
-METHODS = [AT, ChannelDistillation, FGFI, FKD, FitNet, LogitBoxKD, PI, PKD]
+METHODS = [AT, ChannelDistillation, Consistency, FGFI, FKD, FitNet, LogitBoxKD, PI, PKD]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,7 @@ def test_a_level_is_the_loss_of_its_maps_under_the_region(context, method):
     loss = {
         AT: losses.attention_transfer,
         ChannelDistillation: losses.channel_mean,
+        Consistency: lambda s, t, region: losses.consistency(s, t, classes=3, region=region),
         FGFI: lambda s, t, region: losses.imitation(s, t, region=region, over_channels="sum"),
         FKD: lambda s, t, region: 7e-5 * losses.root_of_squares(s, t, region),
         FitNet: losses.imitation,
