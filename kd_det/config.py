@@ -7,18 +7,16 @@ or refuses every field, and never takes 4 for 4.0); so the config object becomes
 `CfgNode` that merges what is under ``KD`` itself. Detectron2's class is untouched.
 """
 
-import ast
 import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
 from kd_det.data.coco import register_coco
 from kd_det.data.unlabelled import forget_unlabelled, register_unlabelled
-from kd_det.fields import Field, coerce, fields_of
+from kd_det.fields import Field, coerce, fields_of, literal
 from kd_det.inherit import DEFAULT_MODULES
 from kd_det.paths import find_file
 from kd_det.registry import SOURCES, TERMS, PartRegistry, did_you_mean
@@ -71,6 +69,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST. IMAGES alone: images without
     # labels, for DATASETS.TRAIN.
     kd.DATASETS = CfgNode()
+    # Two photometric views of every training image, for a SecondHead, see docs/self.md: the factors
+    # on brightness, contrast and saturation are drawn in 1 -+ these. TrainerMixin makes them of any
+    # loader of Detectron2's; for another trainer, wrap the mapper in kd_det.data.PhotometricViews.
+    kd.VIEWS = CfgNode({"ENABLED": False, "BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.4})
     # Every so many iterations the value of each term and level is written; Detectron2's own
     # writers run every 20.
     kd.LOG_PERIOD = 20
@@ -274,7 +276,7 @@ def _merge_item(
 ) -> None:
     """Merge one typed item; a new one is filled with the defaults of its TYPE first."""
     if isinstance(new, str):  # REGION: Ones, or on the command line REGION "{TYPE: Ones}"
-        new = _literal(new) if new.lstrip().startswith("{") else {"TYPE": new}
+        new = literal(new) if new.lstrip().startswith("{") else {"TYPE": new}
     new = _node(new, where)
     if not isinstance(name, str):
         raise ValueError(f"{where}: names are words, but YAML read {name!r}; put it in quotes.")
@@ -345,19 +347,9 @@ def _merge_leaves(
             )
         field = fields[key]
         if isinstance(value, str) and field.type is not str:
-            value = _literal(value)
+            value = literal(value)
         value = coerce(value, field, full)
         node[key] = _resolved(value) if field.is_path else value
-
-
-def _literal(text: str) -> Any:
-    """A word of the command line, or what YAML took for one: 1e-3, [p3, p4]."""
-    for parse in (ast.literal_eval, yaml.safe_load):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, yaml.YAMLError):
-            continue
-    return text
 
 
 def _field_of(default: Any) -> Field:

@@ -132,7 +132,27 @@ def second_view(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def with_images_on(device: torch.device, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    The same inputs with their images on a device. To be called before the student's forward is
-    queued: a source that uploaded its own afterwards would make the host wait for that forward.
+    The same inputs with their images, and second views, on a device. To be called before the
+    student's forward is queued: a source that uploaded its own afterwards would make the host wait
+    for that forward.
     """
-    return [{**x, "image": x["image"].to(device, non_blocking=True)} for x in inputs]
+    views = ("image", "view_2")
+    return [
+        {**x, **{k: x[k].to(device, non_blocking=True) for k in views if k in x}} for x in inputs
+    ]
+
+
+def second_view(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    The same inputs with the second view of every image (``view_2``) in the place of ``image``.
+
+    Raises:
+        ValueError: if an image has none.
+    """
+    if any("view_2" not in x for x in inputs):
+        raise ValueError(
+            "A second view was asked for, but an image of the batch has no 'view_2': set "
+            "KD.VIEWS.ENABLED to True where TrainerMixin trains, or wrap the mapper of your "
+            "loader in kd_det.data.PhotometricViews."
+        )
+    return [{**x, "image": x["view_2"]} for x in inputs]

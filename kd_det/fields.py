@@ -5,10 +5,13 @@ The fields that a part's constructor has, as config fields: one declaration, two
 ``**kwargs`` in a signature means that the base class's fields are fields too.
 """
 
+import ast
 import inspect
 import typing
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from kd_det.connectors import Connector
 from kd_det.regions import Region
@@ -77,6 +80,16 @@ def arguments_of(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
+
+
+def literal(text: str) -> Any:
+    """A word of the command line, or what YAML took for one: 1e-3, [p3, p4]."""
+    for parse in (ast.literal_eval, yaml.safe_load):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, yaml.YAMLError):
+            continue
+    return text
 
 
 def coerce(value: Any, field: Field, where: str) -> Any:

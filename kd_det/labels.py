@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kd_det.detectors import running_values, set_running_values
 from kd_det.taps import ROWS, Maps, Recorder, Tap
 
-# What Detectron2's mapper leaves of a record without annotations.
-_NO_LABELS = {"image", "height", "width", "file_name", "image_id"}
+# What Detectron2's mapper leaves of a record without annotations, and its second view.
+_NO_LABELS = {"image", "view_2", "height", "width", "file_name", "image_id"}
 
 
 def is_labelled(image: Mapping[str, Any]) -> bool:

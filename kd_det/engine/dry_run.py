@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kd_det.detectors import describe
 from kd_det.distiller import Distiller
+from kd_det.engine.loader import resumable
 from kd_det.engine.teacher_ap import check_gates
 from kd_det.labels import is_labelled, without_objects
 from kd_det.plan import plan_table
@@ -44,7 +45,8 @@ def dry_run(cfg: CfgNode) -> str:
     model = build_model(cfg).train()
     with model.starting() if isinstance(model, Distiller) else contextlib.nullcontext():
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    batch = next(iter(build_detection_train_loader(cfg)))
+    loader = build_detection_train_loader(cfg)
+    batch = next(iter(resumable(loader, cfg) or loader))
     if not isinstance(model, Distiller):
         losses, peak = measure_step(model, batch)
         return _report(["KD.ENABLED is False: this is the plain student."], losses, peak, None)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
+from detectron2.config import CfgNode
+from detectron2.data.common import AspectRatioGroupedDataset, MapDataset, ToIterableDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from kd_det.data.views import photometric_views
 from kd_det.rng import get_rng_state, preserved_rng, set_rng_state
 
 logger = logging.getLogger(__name__)
@@ -169,6 +171,26 @@ class ResumableLoader:
         self._waiting = ([], [])
         self._to_refill = list(state["waiting"])
         vars(self.sampler).update(state["sampler"])
+
+
+def resumable(loader: Any, cfg: CfgNode) -> ResumableLoader | None:
+    """
+    `ResumableLoader.of`, whose images have two views where ``KD.VIEWS`` asks for them, whoever
+    built the loader and with whatever mapper.
+
+    Raises:
+        ValueError: if they are asked for and the loader is not of ``build_detection_train_loader``.
+    """
+    result, views = ResumableLoader.of(loader), photometric_views(cfg)
+    if views is not None:
+        if result is None:
+            raise ValueError(
+                f"KD.VIEWS.ENABLED is True, but the training loader ({type(loader).__name__}) is "
+                "not of Detectron2's build_detection_train_loader with a map-style dataset: set it "
+                "to False and wrap your mapper in kd_det.data.PhotometricViews."
+            )
+        result.dataset = MapDataset(result.dataset, views)
+    return result
 
 
 class _Samples(IterableDataset):

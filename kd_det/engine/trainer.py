@@ -17,7 +17,7 @@ from kd_det.build import begin_run
 from kd_det.distiller import Distiller
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.evaluators import build_evaluator
-from kd_det.engine.loader import ResumableLoader
+from kd_det.engine.loader import ResumableLoader, resumable
 from kd_det.engine.output_dir import check_output_dir, remove_stale
 from kd_det.engine.resume import RunState, check_last_checkpoint
 from kd_det.engine.teacher_ap import check_gates
@@ -40,6 +40,7 @@ class TrainerMixin:
     * The folder's last checkpoint is resumed only if it is this run's.
     * Before the first batch the output folder is tried, and the teacher's weights are read and
       checked, and its AP where it has a ``MIN_AP``; then ``kd_run.json`` is written.
+    * Training images have two views where ``KD.VIEWS`` asks for them.
     * Evaluations report the teacher's AP and the gap per class, see `TeacherGap`.
     * A loss that is not finite names the term and level.
     * Hooks that draw random numbers after a step (evaluation, PreciseBN) do not change the run.
@@ -102,7 +103,7 @@ class TrainerMixin:
         """Put a `ResumableLoader` in the place of Detectron2's loader, if that is what it is."""
         inner: Any = self._trainer
         stock = inner.data_loader
-        loader = ResumableLoader.of(stock)
+        loader = resumable(stock, self.cfg)
         if loader is None:
             logger.warning(
                 "The training loader (%s) is not of Detectron2's build_detection_train_loader: a "
