@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from torch import Tensor
 
 __all__ = ["PhotometricViews", "photometric_views"]
+
+_LUMINANCE = {"RGB": (0.299, 0.587, 0.114), "BGR": (0.114, 0.587, 0.299)}
 
 
 class PhotometricViews:
@@ -25,18 +26,17 @@ class PhotometricViews:
     same shape, dtype and channel order. A position is thus the same place in both, and the labels,
     which are not touched, hold for both. What a plain detector trains on is the first view.
 
-    A view is ``image * b``, then contrast ``c`` (blended with its mean over pixels and channels),
-    then saturation ``s`` (blended with its luminance), by Detectron2's `RandomBrightness`,
-    `RandomContrast` and `RandomSaturation`. Each of b, c, s is uniform in ``1 -+ strength``, drawn
-    anew for every image and view from NumPy's global state, as all of Detectron2's augmentations
-    are: the seeds of its workers and an exact resume hold for the views too. In between values are
-    float32; those of a uint8 image are rounded, and clipped to [0, 255], once at the end, where
-    each of Detectron2's transforms would clip and cut off.
+    A view is ``b image``, blended with its mean over pixels and channels to contrast ``c``, and
+    with its luminance to saturation ``s``: what Detectron2's `RandomBrightness`, `RandomContrast`
+    and `RandomSaturation` make of a float image in this order, as one sum in a third of their time.
+    Each of b, c, s is uniform in ``1 -+ strength``, drawn anew for every image and view as they
+    draw it, from NumPy's global state: the seeds of Detectron2's workers and an exact resume hold
+    for the views too. A uint8 image is rounded, and clipped to [0, 255], once at the end.
 
-    Reconstruction: OKDCR (Zhang et al. 2021) transforms every image twice, but as CIFAR images
-    are, by crops and flips, after which cells of two maps would not show the same place. 0.4 is
-    the strength of colour jitter in MoCo v2 and in Unbiased Teacher, where two views of one image
-    are compared as well; hue, blur and greyscale, which these add, are left out.
+    Reconstruction: OKDCR (Zhang et al. 2021) transforms every image twice, in classification, where
+    a crop or a flip may differ; here the cells of two maps must show the same place. 0.4 is the
+    strength of colour jitter in MoCo v2 and Unbiased Teacher, which compare two views of an image
+    as well; the hue, blur and greyscale that these add are left out.
 
     Args:
         mapper: from a record of a dataset to an element of Detectron2's batched inputs, whose
@@ -45,8 +45,8 @@ class PhotometricViews:
             are the mapper's image itself.
         contrast: the same.
         saturation: the same; for images of three channels.
-        input_format: channel order of the mapper's images, ``INPUT.FORMAT``: Detectron2 computes
-            the luminance (0.299 R + 0.587 G + 0.114 B) of RGB, so BGR is turned around for it.
+        input_format: channel order of the mapper's images, ``INPUT.FORMAT``, by which luminance
+            is 0.299 R + 0.587 G + 0.114 B. (`RandomSaturation` takes every image for RGB.)
 
     Raises:
         ValueError: if a strength is outside of [0, 1], or saturation is asked of other channels.
@@ -61,25 +61,21 @@ class PhotometricViews:
         saturation: float = 0.4,
         input_format: str = "BGR",
     ) -> None:
-        kinds = {
-            "brightness": (T.RandomBrightness, brightness),
-            "contrast": (T.RandomContrast, contrast),
-            "saturation": (T.RandomSaturation, saturation),
-        }
-        for name, (_, strength) in kinds.items():
+        strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        for name, strength in strengths.items():
             if not 0 <= strength <= 1:
                 raise ValueError(
                     f"The strength of a view's {name} is {strength}, but 1 -+ strength is a factor "
                     "on pixels: it lies in [0, 1], where 0 changes nothing."
                 )
-        if saturation and input_format not in ("BGR", "RGB"):
+        if saturation and input_format not in _LUMINANCE:
             raise ValueError(
                 f"The saturation of images in the format '{input_format}' cannot be changed, only "
                 "of 'BGR' and 'RGB': set the saturation of the views (KD.VIEWS.SATURATION) to 0."
             )
         self.mapper = mapper
         self.input_format = input_format
-        self.augmentations = [kind(1 - x, 1 + x) for kind, x in kinds.values() if x]
+        self.strengths = tuple(strengths.values())
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """
@@ -96,19 +92,24 @@ class PhotometricViews:
         return {**element, "image": self._view(image), "view_2": self._view(image)}
 
     def _view(self, image: Tensor) -> Tensor:
-        if not self.augmentations:
+        if not any(self.strengths):
             return image
-        pixels = image.permute(1, 2, 0).numpy().astype(np.float32)  # (H, W, C)
-        if self.input_format == "BGR":
-            pixels = pixels[..., ::-1]
-        for augmentation in self.augmentations:
-            pixels = augmentation.get_transform(pixels).apply_image(pixels)
-        if self.input_format == "BGR":
-            pixels = pixels[..., ::-1]
-        view = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        b, c, s = (_factor(x) for x in self.strengths)
+        pixels = image.float()
+        # Three blends, one after the other, are one sum: the luminance of an image that is blended
+        # with its mean is its luminance blended with that mean.
+        view = b * c * s * pixels + b * (1 - c) * pixels.mean()
+        if s != 1:
+            weights = pixels.new_tensor(_LUMINANCE[self.input_format])
+            view += b * c * (1 - s) * torch.tensordot(weights, pixels, 1)  # (H, W)
         if not image.is_floating_point():
-            view = view.round().clamp(0, 255)
+            view = view.round_().clamp_(0, 255)
         return view.to(image.dtype)
+
+
+def _factor(strength: float) -> float:
+    # Not of a generator: Detectron2 seeds the global state of every worker.
+    return float(np.random.uniform(1 - strength, 1 + strength)) if strength else 1.0  # noqa: NPY002
 
 
 def photometric_views(cfg: CfgNode) -> PhotometricViews | None:
