@@ -114,22 +114,6 @@ class Context:
         return self.detector().anchors(maps)
 
 
-def second_view(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    The same inputs with the second photometric view of every image as its ``image``.
-
-    Raises:
-        ValueError: if an image has none.
-    """
-    if any("view_2" not in x for x in inputs):
-        raise ValueError(
-            "A second view of the images was asked for, and an image of the batch has no 'view_2': "
-            "set KD.VIEWS.ENABLED to True, or wrap the dataset mapper in "
-            "kd_det.data.PhotometricViews."
-        )
-    return [{**x, "image": x["view_2"]} for x in inputs]
-
-
 def with_images_on(device: torch.device, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     The same inputs with their images, and second views, on a device. To be called before the

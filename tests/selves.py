@@ -27,10 +27,29 @@ DML = {
     "BACK": {**PI, "SOURCE": "STUDENT", "LEARNER": "PEER"},
     "FPN": {**FPN, "SOURCE": "PEER"},
 }
+HEADS = {"SECOND": {"TYPE": "SecondHead"}, **PEER, "THIRD": {"TYPE": "SecondHead", "OF": "PEER"}}
+ENSEMBLE = {
+    "TYPE": "Ensemble",
+    "HEADS": ["STUDENT", "PEER"],
+    "SECOND_HEADS": ["SECOND", "THIRD"],
+}
+ALIKE = {"TYPE": "Consistency"}
+FROM_ALL = {**PI, "SOURCE": "ENSEMBLE", "TAU": 3.0}
+OKDCR = {
+    "INTRA": {**ALIKE, "SOURCE": "SECOND"},
+    "INTRA_PEER": {**ALIKE, "SOURCE": "THIRD", "LEARNER": "PEER"},
+    "INTER": {**ALIKE, "SOURCE": "PEER"},
+    "INTER_SECOND": {**ALIKE, "SOURCE": "THIRD", "LEARNER": "SECOND"},
+    "LOGITS": FROM_ALL,
+    "SECOND": {**FROM_ALL, "LEARNER": "SECOND"},
+    "PEER": {**FROM_ALL, "LEARNER": "PEER"},
+    "THIRD": {**FROM_ALL, "LEARNER": "THIRD"},
+}
 SELVES = {  # sources and terms of each
     "EMA": (EMA, {"LOGITS": PI, "FPN": FPN}),
     "FRSKD": (FRSKD, {"LOGITS": PI, "FPN": AT}),
     "DML": (PEER, DML),
+    "OKDCR": ({**HEADS, "ENSEMBLE": ENSEMBLE}, {**OKDCR, "FPN": {**FPN, "SOURCE": "PEER"}}),
 }
 
 

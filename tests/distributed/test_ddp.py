@@ -126,6 +126,7 @@ CASES: dict[str, tuple] = {
         (2, 2),
         {**selves.PEER, "SECOND": {"TYPE": "SecondHead", "OF": "PEER"}},
     ),
+    "OKDCR": (selves.OKDCR, (2, 0), {**selves.HEADS, "ENSEMBLE": selves.ENSEMBLE}),
     "FRSKD in waiting": (
         {"FPN": {**LATE, "SOURCE": "SELF", "SOURCE_TAP": "refined"}},
         (2, 2),

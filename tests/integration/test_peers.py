@@ -15,7 +15,7 @@ from kd_det import Distiller, terms
 from kd_det.context import second_view
 from kd_det.detectors import running_values, set_running_values
 from kd_det.sources import Peer, SourceUnavailable
-from tests.selves import DML, INPUTS, PEER, PI, self_cfg
+from tests.selves import DML, HEADS, INPUTS, PEER, PI, self_cfg
 from tests.steps import exactly, gradients, seeded, step
 from tests.toys import batch, save_teacher, toy_cfg, toy_fcos
 
@@ -244,9 +244,6 @@ def test_a_term_may_move_both_sides(kind: type, both: bool) -> None:
     step(model, 0, INPUTS)["loss_kd_both"].backward()
     assert any(g.any() for g in gradients(model.student).values())
     assert any(g.any() for g in gradients(peer_of(model)).values()) == both
-
-
-HEADS = {"SECOND": {"TYPE": "SecondHead"}, **PEER, "THIRD": {"TYPE": "SecondHead", "OF": "PEER"}}
 
 
 def test_a_second_head_is_a_head_of_the_network_that_sees_the_second_view() -> None:
