@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Annotated
 
 from torch import Tensor
 
@@ -44,8 +45,8 @@ class Ensemble(Source):
     def __init__(
         self,
         *,
-        heads: tuple[str, ...] = ("student",),
-        second_heads: tuple[str, ...] = (),
+        heads: Annotated[tuple[str, ...], "name"] = ("student",),
+        second_heads: Annotated[tuple[str, ...], "name"] = (),
         mode: str = "sigmoid",
     ) -> None:
         super().__init__()
