@@ -5,16 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-import matplotlib.pyplot as plt
-
+from benchmarks.gains import Bars, Gain, by_sign, caution, draw_bars, listed, paired
 from benchmarks.report import Report, Table
-from benchmarks.scaling import student_t
 from benchmarks.turns import Samples, ratios, spread
 
 TEACHER, PLAIN, EQUAL_TIME = "teacher", "student", "student_equal_time"
@@ -57,29 +51,9 @@ class Found:
         return [each[run]["AP"] for each in self.results.values()]
 
 
-class Gain(NamedTuple):
-    """Mean of differences paired by seed, and half of its 95 % interval; of one seed infinite."""
-
-    mean: float
-    half: float
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval excludes 0, else 0."""
-        return (self.mean > self.half) - (self.mean < -self.half)
-
-    def text(self) -> str:
-        """``+1.2 ± 0.3``."""
-        return f"{self.mean:+.1f}" + (f" ± {self.half:.1f}" if self.half < float("inf") else "")
-
-
 def gain(found: Found, run: str, over: str) -> Gain:
     """AP of one run over that of another."""
-    gaps = [a - b for a, b in zip(found.ap(run), found.ap(over), strict=True)]
-    n = len(gaps)
-    if n == 1:
-        return Gain(gaps[0], float("inf"))
-    return Gain(statistics.mean(gaps), student_t(n - 1) * statistics.stdev(gaps) / n**0.5)
+    return paired(found.ap(run), found.ap(over))
 
 
 def report(found: Found) -> Report:
@@ -114,10 +88,7 @@ def report(found: Found) -> Report:
     if len(seeds) == 1:
         notes.append("One seed and a reduced schedule: this is no ranking.")
     else:
-        notes.append(
-            "Gains are means of differences paired by seed with 95 % intervals (Student's t). Of "
-            f"{2 * len(found.methods)} such intervals about one excludes 0 by chance."
-        )
+        notes.append(caution(2 * len(found.methods)))
     samples = {
         "results": found.results,
         "weights": found.weights,
@@ -131,19 +102,13 @@ def _conclusion(found: Found, where: str, suffix: str) -> str:
     if len(found.results) == 1:
         best = max(found.methods, key=lambda method: found.ap(method + suffix)[0])
         return f"{where} the highest AP of this seed is that of `{best}`."
-    of: dict[int, list[str]] = {1: [], 0: [], -1: []}
-    for method in found.methods:
-        of[gain(found, method + suffix, INHERITED).sign].append(method)
+    of = by_sign({m: gain(found, m + suffix, INHERITED) for m in found.methods})
     faster = [m for m in found.methods if gain(found, m + suffix, EQUAL_TIME).sign > 0]
     return (
-        f"{where}: better than inheriting alone {_listed(of[1])}; worse {_listed(of[-1])}; not "
-        f"distinguishable {_listed(of[0])}. Better than the plain student for the wall-clock of "
-        f"the dearest method: {_listed(faster)}."
+        f"{where}: better than inheriting alone {of[1]}; worse {of[-1]}; not distinguishable "
+        f"{of[0]}. Better than the plain student for the wall-clock of the dearest method: "
+        f"{listed(faster)}."
     )
-
-
-def _listed(methods: Sequence[str]) -> str:
-    return ", ".join(f"`{method}`" for method in methods) or "none"
 
 
 def write_csv(path: Path, found: Found) -> None:
@@ -163,25 +128,15 @@ def write_csv(path: Path, found: Found) -> None:
 
 def draw(path: Path, found: Found) -> None:
     """A bar per method and weight, a dot per seed, and lines for the controls."""
-    figure, ax = plt.subplots(figsize=(9, 0.55 * len(found.methods) + 1.5))
     columns = (
-        ("published weight", "", "tab:red"),
-        (f"ratio {found.ratio:g}", BALANCED, "tab:pink"),
+        ("published weight", "tab:red", ""),
+        (f"ratio {found.ratio:g}", "tab:pink", BALANCED),
     )
-    for i, (label, suffix, color) in enumerate(columns):
-        at = [place + 0.36 * i for place in range(len(found.methods))]
-        aps = [found.ap(method + suffix) for method in found.methods]
-        ax.barh(at, [statistics.mean(x) for x in aps], 0.34, color=color, label=label, zorder=2)
-        for place, each in zip(at, aps, strict=True):
-            ax.plot(each, [place] * len(each), "k.", markersize=4, zorder=3)
-    for run, color in _LINES.items():
-        ax.axvline(statistics.mean(found.ap(run)), color=color, label=CONTROLS[run], zorder=4)
-    ax.set_yticks([place + 0.18 for place in range(len(found.methods))], list(found.methods))
-    ax.invert_yaxis()
-    seeds = len(found.results)
-    ax.set_xlabel("AP of one seed: no ranking" if seeds == 1 else f"AP, mean of {seeds} seeds")
-    ax.grid(axis="x", alpha=0.3, zorder=0)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    bars = [
+        Bars(label, color, [found.ap(method + suffix) for method in found.methods])
+        for label, color, suffix in columns
+    ]
+    lines = {
+        CONTROLS[run]: (color, statistics.mean(found.ap(run))) for run, color in _LINES.items()
+    }
+    draw_bars(path, found.methods, bars, lines)

@@ -98,10 +98,7 @@ def run_config(
         iterations: replaces the length of the schedule.
         controls: those that the comparison has.
     """
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    file = files.format("teacher" if name == "teacher" else "distilled")
-    cfg.merge_from_file(str(CONFIGS / file))
+    cfg = read_config(files.format("teacher" if name == "teacher" else "distilled"))
     if name != "teacher":
         weights = output / "teacher" / "model_final.pth"
         if name == RANDOM_TEACHER:
@@ -109,15 +106,36 @@ def run_config(
         cfg.merge_from_list(["KD.SOURCES.TEACHER.WEIGHTS", str(weights.absolute())])
         cfg.merge_from_list(list(controls.get(name, [])))
         cfg.KD.ENABLED = name == "distilled" or name in controls
+    fit_config(cfg, output / name, seed, iterations)
+    cfg.freeze()
+    return cfg
+
+
+def read_config(file: str) -> CfgNode:
+    """One of kd_det's configs, by its path below ``configs``."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / file))
+    return cfg
+
+
+def fit_config(cfg: CfgNode, folder: Path, seed: int, iterations: int | None) -> None:
+    """
+    What a run adds to its config: where it runs and writes, how long, and how often it evaluates.
+
+    Args:
+        cfg: is changed.
+        folder: of the run.
+        seed: of weights and data order.
+        iterations: replaces the length of the schedule.
+    """
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.OUTPUT_DIR = str(output / name)
+    cfg.OUTPUT_DIR = str(folder)
     cfg.SEED = seed
     if iterations is not None:
         cfg.SOLVER.MAX_ITER = iterations
     cfg.TEST.EVAL_PERIOD = -(-cfg.SOLVER.MAX_ITER // 4)
     cfg.SOLVER.CHECKPOINT_PERIOD = 100
-    cfg.freeze()
-    return cfg
 
 
 def save_random_teacher(output: Path, seed: int, config_of: ConfigOf) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode
 
-from benchmarks import methods
+from benchmarks import comparison, methods
+from benchmarks.comparison import Task
 from benchmarks.methods import METHODS, Plan, config_of
 from benchmarks.methods_report import Found, draw, gain, report, write_csv
 from kd_det.paths import CONFIGS
@@ -128,7 +129,7 @@ def test_a_run_that_diverges_counts_nothing_and_the_others_go_on(tmp_path, monke
 
     monkeypatch.setattr(runs, "train", diverge)
     (tmp_path / "seed_3" / "fkd").mkdir(parents=True)
-    result = methods.work(methods.Task("fkd", 3, 20), tmp_path)
+    result = methods.work(Task("fkd", 3, 20), tmp_path)
     assert (result["AP"], result["diverged"]) == (0.0, "loss_kd_fkd is nan")
     assert json.loads((tmp_path / "seed_3" / "fkd" / "result.json").read_text()) == result
 
@@ -145,17 +146,14 @@ def test_a_method_without_a_gradient_is_run_at_its_own_weight(tmp_path):
     assert later == 0.5
     plan = replace(TINY, ratio=2.0)
     assert [methods._factor(plan, x) for x in (early, later, 0.0)] == [1.0, 4.0, 1.0]
-    assert methods._median([early, later, 1.5]) == 1.0
+    assert comparison.median([early, later, 1.5]) == 1.0
 
 
 def test_runs_of_two_processes_are_those_of_one(tmp_path):
     plan = replace(TINY, seeds=(3, 4))
-    tasks = [methods.Task("teacher", seed, 2) for seed in plan.seeds]
-    for seed in plan.seeds:
-        methods.make_synthetic_coco(
-            methods._data(tmp_path, seed), seed=seed, num_train=8, num_val=4
-        )
-    found = dict(methods._each(tasks, tmp_path, jobs=2))
+    tasks = [Task("teacher", seed, 2) for seed in plan.seeds]
+    comparison.make_data(tmp_path, plan.seeds, plan.images)
+    found = dict(comparison.each(tasks, tmp_path, 2, methods.work))
     assert sorted(found, key=lambda task: task.seed) == tasks
     for task, result in found.items():
         assert (
