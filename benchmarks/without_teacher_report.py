@@ -18,7 +18,7 @@ METHODS = {
     "ema": "EMA",
     "frskd": "FRSKD",
     "dml": "DML, an equal peer",
-    "dml_mixed": "DML, a smaller peer",
+    "dml_mixed": "DML, a thinner peer",
     "okdcr": "OKDCR",
 }
 """By name of the run and of its file under ``configs/quickstart``, what it is."""
