@@ -3,10 +3,7 @@
 from kd_det.detectors.declared import Declared
 from kd_det.detectors.dense import DenseDetector
 from kd_det.detectors.detector import (
-    Depth,
     Detector,
-    RoiHead,
-    TapShape,
     describe,
     meta_copy,
     probe,
@@ -16,6 +13,7 @@ from kd_det.detectors.detector import (
 from kd_det.detectors.generic import AnyModule
 from kd_det.detectors.rcnn import GeneralizedRCNN
 from kd_det.detectors.semantic import PanopticFPN, SemanticSegmentor
+from kd_det.detectors.shapes import Depth, RoiHead, TapShape
 
 __all__ = [
     "AnyModule",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.detector import Detector
+from kd_det.detectors.shapes import Depth
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from detectron2.structures import Boxes
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from kd_det.detectors.detector import Depth, Detector, running_values, set_running_values
+from kd_det.detectors.detector import Detector, running_values, set_running_values
 from kd_det.detectors.pieces import bottom_up, coordinates, head_branches, in_turn, stages
+from kd_det.detectors.shapes import Depth
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 
@@ -127,6 +129,31 @@ class DenseDetector(Detector):
             losses = self.model.forward_training(images, features, predictions, instances)
         set_running_values(self.model, kept)
         return losses
+
+    def dense_predictions(  # noqa: D102  # as in the base
+        self, inputs: list[dict[str, Any]]
+    ) -> tuple[ImageList, list[Tensor], list[list[Tensor]]]:
+        images = self.model.preprocess_image(inputs)
+        maps = self.model.backbone(images.tensor)
+        features = [maps[f] for f in self.model.head_in_features]
+        return images, features, self.model.head(features)
+
+    def dense_inference(  # noqa: D102  # as in the base
+        self,
+        inputs: list[dict[str, Any]],
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+    ) -> list[dict[str, Any]]:
+        results = self.model.forward_inference(images, features, predictions)
+        sizes = [
+            (x.get("height", height), x.get("width", width))
+            for x, (height, width) in zip(inputs, images.image_sizes, strict=True)
+        ]
+        return [
+            {"instances": detector_postprocess(found, *size)}
+            for found, size in zip(results, sizes, strict=True)
+        ]
 
     def anchors(self, features: list[Tensor]) -> list[Boxes]:  # noqa: D102  # as in the base
         return self.model.anchor_generator(features)

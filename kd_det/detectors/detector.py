@@ -3,94 +3,19 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from kd_det.classes import ClassNames, unknown
 from kd_det.detectors.images import image_tensor, size_divisibility
+from kd_det.detectors.shapes import Depth, RoiHead, TapShape
 from kd_det.registry import DETECTORS, did_you_mean
 from kd_det.taps import Maps, Recorder, Tap, find_module
-
-
-@dataclass(frozen=True)
-class Depth:
-    """
-    One way to run a detector in part.
-
-    Attributes:
-        reaches: module paths: everything at or under them is run, and nothing else.
-        forward: from the image tensor.
-    """
-
-    reaches: tuple[str, ...]
-    forward: Callable[[Tensor], Any]
-
-    def has(self, path: str) -> bool:
-        """Whether the module at this path is run."""
-        return any(path == part or path.startswith(part + ".") for part in self.reaches)
-
-
-@dataclass(frozen=True)
-class TapShape:
-    """
-    What a tap's level looks like, measured on the architecture.
-
-    Attributes:
-        level: its name, ``p3`` for instance.
-        channels: C.
-        stride: pixels of the padded input per cell; 0 for rows (`kd_det.taps.ROWS`).
-        origin: see `Tap.origins`.
-        kind: see `Tap.kind`.
-        calls: how often the tapped module fires in one forward.
-        anchors: A, where its channels are anchors x classes (or coordinates), anchor by anchor; 0
-            where that is unknown.
-        names: what the channels of one anchor are called, in order; empty where that is unknown.
-        units: see `Tap.units`.
-        activation: of class scores, what makes probabilities of them: ``"softmax"``, the background
-            last, or ``"sigmoid"``, where the last column means nothing.
-        rows: how many of them a training step has at most per image.
-    """
-
-    level: str
-    channels: int
-    stride: int
-    origin: str = ""
-    kind: str = "feature"
-    calls: int = 1
-    anchors: int = 0
-    names: tuple[str, ...] = ()
-    units: tuple[float, ...] = ()
-    activation: str = ""
-    rows: int = 0
-
-    @property
-    def per_anchor(self) -> int:
-        """Channels of one anchor: classes, or coordinates."""
-        return self.channels // (self.anchors or 1)
-
-
-@dataclass(frozen=True)
-class RoiHead:
-    """
-    How a two-stage detector looks at given boxes, stage by stage (a cascade has several).
-
-    Attributes:
-        features: the maps that it pools from.
-        taps: ``proposals``, ``roi_scores`` and ``roi_deltas``; a level is a stage.
-        shapes: what they look like. They cannot be measured: how many regions there are is data.
-        run: from those maps and, for every stage, its boxes, up to the last predictor. Stages
-            without boxes are not run. A Recorder sees what the predictors return.
-    """
-
-    features: Tap
-    taps: dict[str, Tap]
-    shapes: dict[str, list[TapShape]]
-    run: Callable[[Maps, Maps], None]
 
 
 class Detector:
@@ -168,6 +93,48 @@ class Detector:
             ValueError: as in `dense_head`.
         """
         raise ValueError(f"{type(self.model).__name__} has no losses of a dense head.")
+
+    def dense_predictions(
+        self, inputs: list[dict[str, Any]]
+    ) -> tuple[ImageList, list[Tensor], list[list[Tensor]]]:
+        """
+        The first half of the detector's inference, up to its `dense_head`.
+
+        Args:
+            inputs: Detectron2's batched inputs, images in the model's channel order.
+
+        Returns:
+            The padded images; the maps that the head is given, one per level; and what it predicts:
+            lists with a raw map per level, ``(N, A * K, H, W)``, class logits and box deltas first.
+
+        Raises:
+            ValueError: as in `dense_head`.
+        """
+        raise ValueError(f"{type(self.model).__name__} has no predictions of a dense head.")
+
+    def dense_inference(
+        self,
+        inputs: list[dict[str, Any]],
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+    ) -> list[dict[str, Any]]:
+        """
+        The second half: decoding, NMS and rescaling, as the detector's own inference does them.
+
+        Args:
+            inputs: as in `dense_predictions`.
+            images: of `dense_predictions`.
+            features: the same.
+            predictions: like those; they are overwritten.
+
+        Returns:
+            For each image its ``instances``.
+
+        Raises:
+            ValueError: as in `dense_head`.
+        """
+        raise ValueError(f"{type(self.model).__name__} has no inference of a dense head.")
 
     def named_taps(self) -> dict[str, Tap]:
         """The presets, and behind them those of the box head."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.detectors.dense import backbone_depths, backbone_presets
-from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.detector import Detector
+from kd_det.detectors.shapes import Depth
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap, find_module
 

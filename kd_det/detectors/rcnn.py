@@ -6,9 +6,10 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from kd_det.detectors.dense import backbone_depths, backbone_presets
-from kd_det.detectors.detector import Depth, Detector, RoiHead
+from kd_det.detectors.detector import Detector
 from kd_det.detectors.pieces import coordinates
 from kd_det.detectors.roi_heads import describe_roi_head
+from kd_det.detectors.shapes import Depth, RoiHead
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 

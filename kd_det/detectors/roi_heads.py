@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from kd_det.detectors.detector import RoiHead, TapShape
+from kd_det.detectors.shapes import RoiHead, TapShape
 from kd_det.taps import Maps, Tap
 
 

@@ -6,8 +6,9 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import Tensor, nn
 
 from kd_det.detectors.dense import backbone_depths, backbone_presets
-from kd_det.detectors.detector import Depth, Detector
+from kd_det.detectors.detector import Detector
 from kd_det.detectors.rcnn import GeneralizedRCNN
+from kd_det.detectors.shapes import Depth
 from kd_det.registry import DETECTORS
 from kd_det.taps import Tap
 

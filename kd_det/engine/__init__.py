@@ -2,6 +2,7 @@
 
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.dry_run import dry_run
+from kd_det.engine.ensemble import EnsembleModel
 from kd_det.engine.errors import plain_errors
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
@@ -15,6 +16,7 @@ from kd_det.engine.trainer import Trainer, TrainerMixin
 
 __all__ = [
     "AtomicPaths",
+    "EnsembleModel",
     "ResumableLoader",
     "RunState",
     "TeacherGap",
