@@ -76,10 +76,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Every so many iterations the value of each term and level is written; Detectron2's own
     # writers run every 20.
     kd.LOG_PERIOD = 20
-    # Whether TrainerMixin evaluates the teachers beside the student's first evaluation, and reports
-    # the gap per class at each. Without the teacher's AP nobody can say what distillation could
-    # still give; it costs one pass over DATASETS.TEST, and none where the result is cached.
+    # Whether TrainerMixin evaluates the teachers (once; cached) to report what is left to gain.
     kd.EVAL_TEACHER = True
+    # Whether it evaluates peers and their ensemble too: each time a pass over the data for each.
+    kd.EVAL_PEERS = True
 
     # What is measured of a run now and then, see docs/diagnostics.md; it changes no loss.
     kd.DIAGNOSTICS = CfgNode()

@@ -8,6 +8,7 @@ from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.launch import launch
 from kd_det.engine.loader import ResumableLoader
 from kd_det.engine.output_dir import check_output_dir, remove_stale
+from kd_det.engine.peer_evaluation import PeerEvaluation
 from kd_det.engine.preflight import check_data, check_solver, check_weights, load_config
 from kd_det.engine.resume import RunState
 from kd_det.engine.teacher_ap import check_gate, check_gates, evaluate_teacher
@@ -17,6 +18,7 @@ from kd_det.engine.trainer import Trainer, TrainerMixin
 __all__ = [
     "AtomicPaths",
     "EnsembleModel",
+    "PeerEvaluation",
     "ResumableLoader",
     "RunState",
     "TeacherGap",

@@ -25,13 +25,14 @@ class EnsembleModel(nn.Module):
 
     Args:
         members: by name; on one device.
+        input_format: channel order of the images that it is given; empty takes the first member's.
 
     Raises:
         ValueError: if their outputs do not mean the same: a member without a dense head, or other
             levels, classes, anchors or box coding.
     """
 
-    def __init__(self, members: Mapping[str, nn.Module]) -> None:
+    def __init__(self, members: Mapping[str, nn.Module], input_format: str = "") -> None:
         super().__init__()
         if not members:
             raise ValueError("An ensemble needs at least one member.")
@@ -46,7 +47,7 @@ class EnsembleModel(nn.Module):
                     "aspect ratios or offsets, and box deltas are relative to anchors."
                 )
         self.members = nn.ModuleDict(members)
-        self.input_format = _input_format(model)
+        self.input_format = input_format or str(getattr(model, "input_format", "BGR"))
         self.training = model.training  # of the members: an evaluation gives it back
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -54,8 +55,7 @@ class EnsembleModel(nn.Module):
         What the first member makes of the averaged outputs: for each image its ``instances``.
 
         Args:
-            batched_inputs: Detectron2's batched inputs, images in the channel order of the first
-                member.
+            batched_inputs: Detectron2's batched inputs, images in ``input_format``.
 
         Raises:
             RuntimeError: in training mode.
@@ -80,7 +80,7 @@ class EnsembleModel(nn.Module):
         return describe(models[0]).dense_inference(batched_inputs, images, features, mean)
 
     def _for(self, member: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if _input_format(member) == self.input_format:
+        if getattr(member, "input_format", self.input_format) == self.input_format:
             return inputs
         return [{**x, "image": x["image"].flip(0)} for x in inputs]
 
@@ -126,10 +126,6 @@ def _same_anchors(one: nn.Module, other: nn.Module, levels: int) -> bool:
     grids = [torch.zeros(1, 1, 2, 2, device=device)] * levels
     mine, theirs = (describe(model).anchors(grids) for model in (one, other))
     return all(torch.equal(x.tensor, y.tensor) for x, y in zip(mine, theirs, strict=True))
-
-
-def _input_format(model: nn.Module) -> str:
-    return str(getattr(model, "input_format", "BGR"))
 
 
 def _sizes(shapes: list[list[torch.Size]]) -> str:

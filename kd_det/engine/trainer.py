@@ -19,6 +19,7 @@ from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.loader import ResumableLoader, resumable
 from kd_det.engine.output_dir import check_output_dir, remove_stale
+from kd_det.engine.peer_evaluation import PeerEvaluation
 from kd_det.engine.resume import RunState, check_last_checkpoint
 from kd_det.engine.teacher_ap import check_gates
 from kd_det.engine.teacher_gap import TeacherGap
@@ -41,7 +42,8 @@ class TrainerMixin:
     * Before the first batch the output folder is tried, and the teacher's weights are read and
       checked, and its AP where it has a ``MIN_AP``; then ``kd_run.json`` is written.
     * Training images have two views where ``KD.VIEWS`` asks for them.
-    * Evaluations report the teacher's AP and the gap per class, see `TeacherGap`.
+    * Evaluations report the teacher's AP and the gap per class, see `TeacherGap`, and those of
+      peers each peer, mean and ensemble, see `PeerEvaluation`.
     * A loss that is not finite names the term and level.
     * Hooks that draw random numbers after a step (evaluation, PreciseBN) do not change the run.
     * It trains on several CPU processes; there a constructor behind the mixin is not called.
@@ -125,7 +127,7 @@ class TrainerMixin:
         # Only the main process has one, so it is no place for what all processes do together.
         behind = [i + 1 for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook)]
         at = behind[-1] if behind else len(stock)
-        stock[at:at] = [TeacherGap(self.cfg)]
+        stock[at:at] = [TeacherGap(self.cfg), PeerEvaluation(self.cfg)]
         _insert_before(stock, (hooks.PeriodicWriter,), [_Flush()])
         _insert_before(stock, (hooks.PeriodicCheckpointer, hooks.EvalHook), [_Gather()])
         return stock
