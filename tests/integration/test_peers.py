@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from kd_det import Distiller, terms
-from kd_det.context import second_view
+from kd_det.context import Context, second_view
 from kd_det.detectors import running_values, set_running_values
 from kd_det.sources import Peer, SourceUnavailable
 from tests.selves import DML, HEADS, INPUTS, PEER, PI, self_cfg
@@ -218,6 +218,25 @@ def test_a_peer_needs_no_term_and_outlives_them() -> None:
 def test_what_cannot_work_is_a_sentence(sources: dict, terms_: dict, wrong: str) -> None:
     with pytest.raises((ValueError, KeyError), match=wrong):
         build_model(self_cfg(sources, terms_))
+
+
+def test_a_learner_has_a_side_of_its_own() -> None:
+    """Its network, its normaliser, its maps, and nothing that was made for the student."""
+    model = seeded(self_cfg(HEADS, {})).train()
+    step(model, 0, INPUTS)
+    model.student.loss_normalizer, peer_of(model).loss_normalizer = 10.0, 30.0
+    context = Context(INPUTS, "BGR", model.student)
+    context.once("key", lambda: "the student's")
+    taps = ("cls_logits",)
+    for name, normalizer in [("second", 10.0), ("peer", 30.0), ("third", 30.0)]:
+        with EventStorage(0):
+            found = model.sources[name](context, taps)
+        side = found.learner
+        assert side is not None
+        assert side.once("key", lambda: "its own") == "its own"
+        assert side.student is (model.student if name == "second" else peer_of(model))
+        assert side.student_maps["cls_logits"]["p3"] is found.maps["cls_logits"]["p3"]
+        assert side.positives == pytest.approx(normalizer, rel=0.2)  # moved on by one batch
 
 
 class Between(terms.PI):
