@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd_det import Distiller, terms
 from kd_det.context import Context, second_view
 from kd_det.detectors import running_values, set_running_values
+from kd_det.plan import plan_table
 from kd_det.sources import Peer, SourceUnavailable
 from tests.selves import DML, HEADS, INPUTS, PEER, PI, self_cfg
 from tests.steps import exactly, gradients, seeded, step
@@ -117,6 +118,31 @@ def test_peers_of_different_meta_architectures() -> None:
     assert {"peer/loss_fcos_cls", "peer/loss_fcos_loc", "peer/loss_fcos_ctr"} <= set(losses)
     sum(losses.values()).backward()
     assert all(torch.isfinite(x) for x in losses.values())
+
+
+def test_a_peers_log_is_not_the_students() -> None:
+    """Both write a number of foreground anchors under one name."""
+    student = seeded(toy_cfg())
+    with EventStorage(0) as expected:
+        copy.deepcopy(student)(INPUTS)
+    with EventStorage(0) as found:
+        in_python(toy_fcos(), student)(INPUTS)
+    exactly({k: v for k, v in found.latest().items() if k in expected.latest()}, expected.latest())
+    assert {k for k in found.latest() if not k.startswith("kd/")} == set(expected.latest())
+
+
+def test_connectors_lead_from_the_learner(tmp_path: Path) -> None:
+    config, _ = save_teacher(tmp_path, fpn=16)
+    sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}
+    back = {"TYPE": "CWD", "TAP": "features", "SOURCE": "STUDENT", "LEARNER": "PEER"}
+    model = seeded(self_cfg(sources, {"BACK": back})).train()
+    row = model.wiring.rows["back"][0]
+    assert (row.student_channels, row.target_channels) == (16, 8)
+    losses = step(model, 0, INPUTS)
+    losses["loss_kd_back"].backward()
+    assert gradients(peer_of(model))
+    assert not gradients(model.student)
+    assert "peer: features.p3" in plan_table(model, (2, 128, 128))
 
 
 def test_three_peers_teach_each_other() -> None:
@@ -356,6 +382,17 @@ def test_both_networks_come_back(tmp_path: Path, name: str) -> None:
     for key, network in model.networks.items():
         exactly(dict(other.networks[key].state_dict()), dict(network.state_dict()))
         assert running_values(other.networks["peer"]) == running_values(peer_of(model))
+
+
+def test_another_peer_is_not_resumed(tmp_path: Path) -> None:
+    """Same sources, terms and names: only the width of its head's tower differs."""
+    states = []
+    for fpn in (8, 16):
+        config, _ = save_teacher(tmp_path / str(fpn), fpn=fpn)
+        sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}
+        states.append(seeded(self_cfg(sources, BOTH)))
+    with pytest.raises(ValueError, match="other sources, terms or shapes"):
+        states[0].load_kd_state_dict(states[1].kd_state_dict())
 
 
 def test_weights_for_the_student_are_no_checkpoint_of_a_peer(tmp_path: Path) -> None:
