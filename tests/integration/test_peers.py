@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -342,73 +341,3 @@ def test_a_copy_is_a_run_of_its_own() -> None:
     step(other, 0, INPUTS)["third/loss_cls"].backward()
     assert not gradients(model)
     assert gradients(peer_of(other))
-
-
-# What a checkpoint holds -----------------------------------------------------------------------
-
-
-def exporting(name: str, folder: Path) -> CfgNode:
-    config, _ = save_teacher(folder, fpn=16)
-    cfg = self_cfg({"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}, BOTH)
-    cfg.KD.EXPORT_PEER = name
-    return cfg
-
-
-@pytest.mark.parametrize("name", ["", "student", "PEER"])
-def test_the_checkpoint_is_that_of_the_exported_network(tmp_path: Path, name: str) -> None:
-    model = seeded(exporting(name, tmp_path)).train()
-    step(model, 0, INPUTS)
-    network = model.networks["peer" if name == "PEER" else "student"]
-    assert model.exported is network
-    exactly(dict(model.state_dict()), dict(network.state_dict()))
-    beside = model.kd_state_dict()["tensors"]
-    others = [k for k, m in model.networks.items() if m is not network]
-    held = {"student": "student.", "peer": "sources.peer.model."}
-    assert {k for k in held if any(x.startswith(held[k]) for x in beside)} == set(others)
-    model.eval()
-    inputs = batch(((64, 64),))
-    a, b = model(inputs)[0]["instances"], network.eval()(inputs)[0]["instances"]
-    exactly(a.scores, b.scores)
-
-
-@pytest.mark.parametrize("name", ["", "PEER"])
-def test_both_networks_come_back(tmp_path: Path, name: str) -> None:
-    model = seeded(exporting(name, tmp_path)).train()
-    step(model, 0, INPUTS)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    other = seeded(exporting(name, tmp_path), seed=99)
-    found = other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
-    assert (found.missing_keys, found.unexpected_keys) == ([], [])
-    for key, network in model.networks.items():
-        exactly(dict(other.networks[key].state_dict()), dict(network.state_dict()))
-        assert running_values(other.networks["peer"]) == running_values(peer_of(model))
-
-
-def test_another_peer_is_not_resumed(tmp_path: Path) -> None:
-    """Same sources, terms and names: only the width of its head's tower differs."""
-    states = []
-    for fpn in (8, 16):
-        config, _ = save_teacher(tmp_path / str(fpn), fpn=fpn)
-        sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config}}
-        states.append(seeded(self_cfg(sources, BOTH)))
-    with pytest.raises(ValueError, match="other sources, terms or shapes"):
-        states[0].load_kd_state_dict(states[1].kd_state_dict())
-
-
-def test_weights_for_the_student_are_no_checkpoint_of_a_peer(tmp_path: Path) -> None:
-    model = seeded(exporting("PEER", tmp_path))
-    weights = build_model(toy_cfg()).state_dict()
-    with pytest.raises(ValueError, match=r"that of the network 'peer'.*distiller\.starting"):
-        model.load_state_dict(weights)
-    peer = copy.deepcopy(dict(peer_of(model).state_dict()))
-    with model.starting():
-        model.load_state_dict(weights)
-    exactly(dict(model.student.state_dict()), dict(weights))
-    exactly(dict(peer_of(model).state_dict()), peer)
-
-
-def test_an_unknown_network_is_not_exported() -> None:
-    cfg = self_cfg(PEER, BOTH)
-    cfg.KD.EXPORT_PEER = "PEAR"
-    with pytest.raises(KeyError, match=r"no network 'pear'.*Did you mean 'peer'"):
-        build_model(cfg)
