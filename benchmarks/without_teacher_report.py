@@ -14,16 +14,17 @@ from benchmarks.turns import ratios, spread
 
 PLAIN = "student"
 METHODS = {
-    "two_heads": "plain, two heads",
+    "augmented": "plain, augmented images",
+    "two_heads": "plain, two heads, two views",
     "ema": "EMA",
     "frskd": "FRSKD",
     "dml": "DML, an equal peer",
     "dml_mixed": "DML, a thinner peer",
     "okdcr": "OKDCR",
 }
-"""By name of the run and of its file under ``configs/quickstart``, what it is."""
-CONTROLS = {"okdcr": "two_heads"}
-"""By method the one without imitation that has as many heads per network."""
+"""By name of the run, what it is."""
+CONTROLS = {"two_heads": "augmented", "okdcr": "two_heads"}
+"""By method, the one that it adds to: heads to two photometric views, imitation to heads."""
 NETWORKS = "AP of "
 """Before the name of a network, or ``mean`` or ``ensemble``, in a run's result."""
 

@@ -25,6 +25,14 @@ PLANS = {
     "pkd": ("pkd", terms.PKD, 10.0, P3_P6, "-", "Padding", 0),
 }  # fmt: skip
 
+# Of networks that learn together, by term: (learner, source).
+DML = {"from_peer": ("student", "peer"), "from_student": ("peer", "student")}
+OKDCR = {
+    "intra_student": ("student", "student_2"), "intra_peer": ("peer", "peer_2"),
+    "inter_1": ("student", "peer"), "inter_2": ("student_2", "peer_2"),
+    **{f"ensemble_{x}": (x, "ensemble") for x in ("student", "student_2", "peer", "peer_2")},
+}  # fmt: skip
+
 
 def test_every_method_has_its_file_and_every_file_its_method() -> None:
     files = {p.name for p in (CONFIGS / "KD").glob("*_R_101.yaml") if "cwd" not in p.name}
@@ -82,3 +90,29 @@ def test_a_student_without_a_trained_teacher_builds_as_its_file_says(
     toy = load(f"quickstart/{name}.yaml")
     assert student_config(toy) == student_config(load("quickstart/student.yaml"))
     assert toy.KD.TERMS.LOGITS == cfg.KD.TERMS.LOGITS
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "millions"),
+    [
+        ("dml", DML, 38.0),
+        ("dml_R_18", DML, 21.4),
+        ("okdcr", OKDCR, 50.8),
+        ("okdcr_R_18", OKDCR, 34.3),
+    ],
+)
+def test_networks_that_learn_together_build_as_their_file_says(
+    name: str, pairs: dict[str, tuple[str, str]], millions: float
+) -> None:
+    file = f"COCO-Detection/retinanet_R_50_FPN_1x_{name}.yaml"
+    cfg = load(file)
+    assert load(f"KD/{name}.yaml").KD == cfg.KD
+    assert student_config(cfg) == student_config(load("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    model = on_meta(file)
+    assert levels_of(model) == dict.fromkeys(pairs, P3_P7)
+    of = model.wiring
+    assert {t: (of.learner_of[t], of.source_of[t]) for t in of.terms} == pairs
+    assert list(of.networks) == ["student", "peer"]
+    assert all(t.schedule(0.8, 90000) == 1 for t in of.terms.values())
+    found = sum(p.numel() for p in model.sources.parameters())
+    assert found / 1e6 == pytest.approx(millions, abs=0.1)

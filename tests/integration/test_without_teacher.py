@@ -16,7 +16,7 @@ from kd_det.tools import runs
 TINY = Plan(seeds=(3,), methods=("ema",), iterations=2, images=(8, 4), turns=1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "augmented"])
 def test_a_run_has_the_plain_students_model_data_and_schedule(name, tmp_path):
     cfg, plain = (config_of(x, tmp_path, 3, 40) for x in (name, "student"))
     assert cfg.KD.ENABLED
@@ -28,6 +28,15 @@ def test_a_run_has_the_plain_students_model_data_and_schedule(name, tmp_path):
         each.KD.clear()
         each.OUTPUT_DIR = each.MODEL.META_ARCHITECTURE = ""
     assert cfg == plain
+
+
+def test_the_controls_of_okdcr_differ_from_it_and_from_each_other_by_one_thing(tmp_path):
+    found = {x: config_of(x, tmp_path, 3, 40).KD for x in ("augmented", "two_heads", "okdcr")}
+    assert [kd.ENABLED for kd in found.values()] == [False, True, True]
+    assert found["augmented"].VIEWS == found["two_heads"].VIEWS == found["okdcr"].VIEWS
+    assert found["okdcr"].VIEWS.ENABLED
+    assert set(found["two_heads"].SOURCES) == {"STUDENT_2"} < set(found["okdcr"].SOURCES)
+    assert not found["two_heads"].TERMS
 
 
 def test_a_quickstart_config_that_needs_no_teacher_is_a_method():
@@ -118,7 +127,7 @@ def test_what_is_certain_is_said_at_equal_iterations_and_at_equal_wall_clock(tmp
     assert "Of 7 such intervals" in words[3]
     students, networks, terms = report(found).tables
     assert [row[0] for row in students.rows] == [
-        "plain", "plain, two heads", "DML, an equal peer", "OKDCR",
+        "plain", "plain, two heads, two views", "DML, an equal peer", "OKDCR",
     ]  # fmt: skip
     assert students.rows[2] == [
         "DML, an equal peer", "2.00 (2.00-2.00)", "1,000", "10.5 10.6 10.7", "10.6",
