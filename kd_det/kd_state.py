@@ -253,6 +253,31 @@ class KDStateMixin(nn.Module):
         )
 
 
+def network_weights(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """
+    The plain weights of one network out of a checkpoint of a run, wherever they are in it.
+
+    Args:
+        checkpoint: what its file holds; one without a kd state is taken to be of that network.
+        name: of the network, ``student`` or a peer's.
+
+    Raises:
+        ValueError: if it does not hold that network.
+    """
+    model = checkpoint.get("model", checkpoint)
+    kd = checkpoint.get("kd") or getattr(model, "_metadata", {}).get("", {}).get("kd") or {}
+    best = checkpoint.get("kd_best", {})  # of `kd_det.engine.BestNetwork`
+    held = json.loads(kd["plan"]).get("exported", STUDENT) if kd else best.get("network", name)
+    if held == name:
+        return dict(model)
+    prefix = f"{STUDENT}." if name == STUDENT else f"sources.{name}.model."
+    tensors = kd.get("tensors", {})
+    found = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+    if not found:
+        raise ValueError(f"it holds the network '{held}', and none called '{name}'")
+    return found
+
+
 def _looks(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(x, "shape", None) for name, x in tensors.items()}
 

@@ -1,7 +1,7 @@
 """Reading a frozen network's weights so that nothing of it stays random."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ _TOLERATED_EXTRA = (
 )
 
 
-def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -> str:
+def load_strictly(
+    model: nn.Module,
+    path: str,
+    *,
+    what: str,
+    sha256: str = "",
+    pick: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> str:
     """
     Load a file into a model with Detectron2's own checkpointer (so .pth, the zoo's .pkl, pycls and
     torchvision files work), and accept nothing less than all of it, undamaged.
@@ -42,6 +49,7 @@ def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -
         what: how errors call the model.
         sha256: the expected SHA-256 of the file, or its leading digits in lower case; empty for
             any. It is compared before anything is read.
+        pick: takes the model's weights out of all that the file holds, its ``model`` by default.
 
     Returns:
         SHA-256 of the file, the fingerprint of the weights.
@@ -53,6 +61,7 @@ def load_strictly(model: nn.Module, path: str, *, what: str, sha256: str = "") -
     """
     local, fingerprint = expected_file(path, what=what, sha256=sha256)
     checkpointer = _Checkpointer(model)
+    checkpointer.pick = pick
     try:
         check_whole(local)
         checkpointer.load(path, checkpointables=[])
@@ -117,6 +126,7 @@ def expected_file(path: str, *, what: str, sha256: str) -> tuple[str, str]:
 class _Checkpointer(DetectionCheckpointer):
     """Keeps what it found, and the incompatible keys instead of logging them."""
 
+    pick: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     incompatible: Any = None
     found: Mapping[str, Tensor]
 
@@ -135,6 +145,8 @@ class _Checkpointer(DetectionCheckpointer):
                     "__author__": "Caffe2",
                     "matching_heuristics": True,
                 }
+        if self.pick is not None:
+            checkpoint = {**checkpoint, "model": self.pick(checkpoint)}
         _require_weights(checkpoint["model"])
         return checkpoint
 

@@ -15,18 +15,18 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from kd_det._compat import tracing_adapter
-from kd_det.config import student_config
+from kd_det.build import network_config
 from kd_det.tools.options import (
     add_command,
     add_run_arguments,
     made_folder,
     read_pixels,
     run_config,
-    trained_student,
+    trained_network,
 )
 
-FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx"}
-"""What a student can be traced to, and the name of the file."""
+FORMATS = {"torchscript": ".ts", "onnx": ".onnx"}
+"""What a student can be traced to, and how the file's name ends."""
 
 _OPSET = 16
 _NEAR = 1e-3  # relative and absolute: of scores, and of boxes in pixels
@@ -47,6 +47,13 @@ def add_parser(commands: Any) -> None:
         example="--run output/distilled --output output/student --format torchscript",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the files")
+    parser.add_argument(
+        "--peer",
+        default="",
+        metavar="NAME",
+        help="which network, of a run that has trained several: a peer's name, or student; the "
+        "files are then NAME.pth, NAME.yaml... (default: KD.EXPORT_PEER of the run)",
+    )
     parser.add_argument(
         "--format",
         choices=tuple(FORMATS),
@@ -76,39 +83,37 @@ def run(args: argparse.Namespace) -> None:
             "onnx, or take --format torchscript, which needs nothing."
         )
     cfg = run_config(args)
-    model = trained_student(cfg)
-    folder = Path(args.output)
-    weights = write_plain(cfg, model, folder)
+    model, plain = trained_network(cfg, args.peer), network_config(cfg, args.peer)
+    name = args.peer.lower()
+    folder = made_folder(Path(args.output))
+    weights = folder / f"{name or 'model'}.pth"
+    config = folder / f"{name or 'student'}.yaml"
+    write_plain(plain, model, weights, config)
     print(
         f"{weights}: {sum(p.numel() for p in model.parameters()):,} parameters, without kd_det: "
-        f"--config-file {folder / 'student.yaml'} --eval-only in Detectron2's train_net.py"
+        f"--config-file {config} --eval-only in Detectron2's train_net.py"
     )
     if args.format:
-        image = sample_image(cfg, args.image, args.size)
-        print(trace(model, image, args.format, folder / FORMATS[args.format]))
+        image = sample_image(plain, args.image, args.size)
+        print(trace(model, image, args.format, weights.with_suffix(FORMATS[args.format])))
 
 
-def write_plain(cfg: CfgNode, model: nn.Module, folder: Path) -> Path:
+def write_plain(plain: CfgNode, model: nn.Module, weights: Path, config: Path) -> None:
     """
-    Write ``model.pth`` and ``student.yaml``, which names it as it is reached from here.
+    Write weights, and the config that names them as they are reached from here.
 
     Args:
-        cfg: of the run.
-        model: the student.
-        folder: is made.
-
-    Returns:
-        The path of the weights.
+        plain: config of the model; is changed.
+        model: of which all is written.
+        weights: the file of its weights.
+        config: the file of its config.
     """
-    weights = made_folder(folder) / "model.pth"
-    plain = student_config(cfg)
     plain.MODEL.WEIGHTS = str(weights)
     plain.OUTPUT_DIR = "./output"  # not the folder of the training
     state = {name: x.cpu() for name, x in model.state_dict().items()}
     torch.save({"model": state}, f"{weights}.tmp")
     os.replace(f"{weights}.tmp", weights)
-    (folder / "student.yaml").write_text(plain.dump())
-    return weights
+    config.write_text(plain.dump())
 
 
 def sample_image(cfg: CfgNode, file: str | None, size: list[int] | None) -> Tensor:
@@ -173,7 +178,7 @@ def trace(model: nn.Module, image: Tensor, form: str, file: Path) -> str:
     except Exception as e:  # anything that the model's own code, PyTorch or a stub raises
         raise ValueError(
             f"This {type(model).__name__} cannot be traced ({type(e).__name__}: "
-            f"{' '.join(str(e).split())[:300]}). Its model.pth and student.yaml are written; "
+            f"{' '.join(str(e).split())[:300]}). Its weights and config are written; "
             "without --format there is nothing to trace."
         ) from e
     height, width = image.shape[1:]

@@ -100,14 +100,14 @@ class RunMetrics:
         return next(found, None)
 
     def sources(self, score: str) -> dict[str, float]:
-        """The sources' own score, by name, where the run evaluated them."""
+        """The teachers' own score, by name, where the run evaluated them; peers have no gap."""
         found = {}
         for row in self.rows:
             for key in row:
-                # kd/<source>/bbox/AP; the gap to it has a further part.
-                if key.startswith("kd/") and key.endswith(f"/{score}"):
-                    name = key[3 : -len(score) - 1]
-                    found.update({} if "/" in name else {name: float(row[key])})
+                # kd/<source>/gap/bbox/AP beside kd/<source>/bbox/AP.
+                name = key[len("kd/") : -len(f"/gap/{score}")]
+                if key == f"kd/{name}/gap/{score}" and f"kd/{name}/{score}" in row:
+                    found[name] = float(row[f"kd/{name}/{score}"])
         return found
 
     def seconds(self, done: int) -> float | None:

@@ -5,6 +5,7 @@ import importlib
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
-from kd_det.config import student_config
+from kd_det.build import network_config
 from kd_det.engine import load_config
+from kd_det.kd_state import network_weights
 from kd_det.registry import did_you_mean
+from kd_det.sources import STUDENT
 from kd_det.sources.strict import load_strictly
 
 Extension = Callable[[CfgNode], object]
@@ -147,23 +150,30 @@ def run_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def trained_student(cfg: CfgNode) -> nn.Module:
+def trained_network(cfg: CfgNode, name: str = "") -> nn.Module:
     """
-    The plain student with the weights of ``MODEL.WEIGHTS``, every one of them, in eval mode.
+    The plain student or a peer of a run with its trained weights, every one of them, in eval mode.
 
     Args:
-        cfg: of a run, distilled or not.
+        cfg: of a run, distilled or not; ``MODEL.WEIGHTS`` is a checkpoint of it, or holds the
+            weights of that network alone.
+        name: of a peer, or `STUDENT`; empty for what the run exports.
 
     Raises:
-        ValueError: if there are none, or they are not all of this student's.
+        KeyError: if the run has no such network.
+        ValueError: if there are no weights, or they are not all of this network's.
     """
+    name = name.lower()
+    plain = network_config(cfg, name)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError(
             "MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the trained student's checkpoint, or "
             "give --run and the folder of its training."
         )
-    model = build_model(student_config(cfg))
-    load_strictly(model, cfg.MODEL.WEIGHTS, what="The student (MODEL.WEIGHTS)")
+    model = build_model(plain)
+    what = "The student" if name in ("", STUDENT) else f"The peer '{name}'"
+    pick = partial(network_weights, name=name) if name else None
+    load_strictly(model, cfg.MODEL.WEIGHTS, what=f"{what} (MODEL.WEIGHTS)", pick=pick)
     return model.eval()
 
 

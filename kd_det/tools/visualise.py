@@ -19,12 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from kd_det.build import build_items, project_defaults
+from kd_det.build import build_items, network_config, project_defaults
 from kd_det.classes import dataset_classes
 from kd_det.config import student_config
 from kd_det.detectors import TapShape, describe, probe
 from kd_det.registry import SOURCES, did_you_mean
-from kd_det.sources import ScriptedTeacher
+from kd_det.sources import STUDENT, Peer, ScriptedTeacher
 from kd_det.sources.model_config import default_test_mapper
 from kd_det.taps import ROWS, Recorder
 from kd_det.tools.options import (
@@ -33,7 +33,7 @@ from kd_det.tools.options import (
     made_folder,
     read_pixels,
     run_config,
-    trained_student,
+    trained_network,
 )
 
 
@@ -113,12 +113,19 @@ def views(cfg: CfgNode, tap: str) -> list[View]:
         KeyError: if a detector has no such tap.
     """
     datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    mapper = default_test_mapper(student_config(cfg), cfg.INPUT.FORMAT)
+    plain = student_config(cfg)
+    mapper = default_test_mapper(plain, cfg.INPUT.FORMAT)
     classes = next(filter(None, map(dataset_classes, datasets)), ())
-    found = [_view("student", trained_student(cfg), mapper, classes, tap)]
+    found = [_view(STUDENT, trained_network(cfg, STUDENT), mapper, classes, tap)]
     nodes = cfg.KD.SOURCES if cfg.KD.ENABLED else {}
-    sources = build_items(nodes, SOURCES, "KD.SOURCES", defaults=project_defaults(cfg))
+    offered = {"defaults": project_defaults(cfg), "student_config": plain.dump()}
+    sources = build_items(nodes, SOURCES, "KD.SOURCES", **offered)
     for name, source in sources.items():
+        if isinstance(source, Peer):
+            own = network_config(cfg, name)
+            mapper = default_test_mapper(own, own.INPUT.FORMAT)
+            found.append(_view(name, trained_network(cfg, name), mapper, classes, tap))
+            continue
         if isinstance(source, ScriptedTeacher) or not hasattr(source, "detector"):
             raise ValueError(
                 f"KD.SOURCES.{name.upper()} is a {type(source).__name__}, which is no detector "

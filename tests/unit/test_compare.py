@@ -36,7 +36,8 @@ CWD = {"fpn": {"type": "CWD", "weight": 5.0}}
 @pytest.fixture
 def folders(tmp_path):
     write(tmp_path / "plain", rows(10.0), plan={})
-    write(tmp_path / "distilled", rows(14.0, 0.75, **{"kd/teacher/bbox/AP": 40.0}), plan=CWD)
+    measured = {"kd/teacher/bbox/AP": 40.0, "kd/teacher/gap/bbox/AP": 26.0, "kd/peer/bbox/AP": 3.0}
+    write(tmp_path / "distilled", rows(14.0, 0.75, **measured), plan=CWD)
     return tmp_path
 
 
