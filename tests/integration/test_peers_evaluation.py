@@ -220,7 +220,8 @@ def test_export_gives_each_network_as_it_was_trained(
     torch.testing.assert_close(dict(exported), expected, rtol=0, atol=0)
     cfg = get_cfg()  # without kd_det's keys
     cfg.merge_from_file(str(tmp_path / f"{name}.yaml"))
-    assert cfg.INPUT.FORMAT == ("RGB" if name == "peer" else "BGR")
+    reads = {"peer": "RGB", "student": "BGR"}
+    assert reads[name] == cfg.INPUT.FORMAT
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
