@@ -69,7 +69,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST. IMAGES alone: images without
     # labels, for DATASETS.TRAIN.
     kd.DATASETS = CfgNode()
-    # Two photometric views of every training image, for a SecondHead, see docs/self.md: the factors
+    # Two photometric views of every training image, for a SecondHead, see docs/peers.md: the factors
     # on brightness, contrast and saturation are drawn in 1 -+ these. TrainerMixin makes them of any
     # loader of Detectron2's; for another trainer, wrap the mapper in kd_det.data.PhotometricViews.
     kd.VIEWS = CfgNode({"ENABLED": False, "BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.4})
