@@ -96,7 +96,10 @@ def compare(plan: Plan, output: Path, jobs: int = 1) -> Found:
         results[task.seed][task.name] = result
     return Found(
         results,
-        {m: PLAIN if n == plan.iterations else plain_of(n) for m, n in stretched.items()},
+        {
+            m: PLAIN if stretched[m] == plan.iterations else plain_of(stretched[m])
+            for m in plan.methods
+        },
         found,
         {m: pulls(m, (folder_of(output, seed) / m for seed in plan.seeds)) for m in plan.methods},
     )

@@ -26,7 +26,7 @@ METHODS = {
 CONTROLS = {"two_heads": "augmented", "okdcr": "two_heads"}
 """By method, the one that it adds to: heads to two photometric views, imitation to heads."""
 NETWORKS = "AP of "
-"""Before the name of a network, or ``mean`` or ``ensemble``, in a run's result."""
+"""Before the name of a network, or ``mean`` or ``ensemble`` of all, in a run's result."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Found:
     pulls: Mapping[str, Mapping[str, float]]
 
     def ap(self, run: str, of: str = "") -> list[float]:
-        """By seed, of the student or of another network, their mean or ensemble; empty if none."""
+        """By seed, of the student or of what `NETWORKS` names; empty where a run has not all."""
         key = NETWORKS + of if of else "AP"
-        return [each[run][key] for each in self.results.values() if key in each[run]]
+        runs = [each[run] for each in self.results.values()]
+        return [x[key] for x in runs] if all(key in x for x in runs) else []
 
     def iterations(self, run: str) -> int:
         """Of its schedule."""
@@ -154,7 +155,8 @@ def _terms(found: Found) -> Table:
 def write_csv(path: Path, found: Found) -> None:
     """One line per run."""
     columns = ["iterations", "AP", "AP50", "AP75", "AR"]
-    others = [f"{NETWORKS}mean", f"{NETWORKS}ensemble"]
+    runs = [run for each in found.results.values() for run in each.values()]
+    others = sorted({key for run in runs for key in run if key.startswith(NETWORKS)})
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["seed", "run", *columns, *others, "seconds"])

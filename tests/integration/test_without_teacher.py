@@ -137,6 +137,9 @@ def test_what_is_certain_is_said_at_equal_iterations_and_at_equal_wall_clock(tmp
         ["DML, an equal peer", "10.6 (+0.6 ± 0.2)", "12.0 (+2.0 ± 0.0)", "15.0 (+5.0 ± 2.5)"]
     ]
     assert terms.rows == [["DML, an equal peer", "`logits`", "0.5"]]
+    del found.results[2]["dml"]["AP of ensemble"]  # of a seed whose networks detect nothing
+    assert report(found).tables[1].rows[0][3] == ""
+    found.results[2]["dml"]["AP of ensemble"] = 15.0
     found.results[2]["okdcr"]["diverged"] = "nan"
     assert "Diverged, and counted as 0 AP: okdcr (2)." in report(found).notes
 
