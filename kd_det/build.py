@@ -192,7 +192,8 @@ def network_config(cfg: CfgNode, name: str = "") -> CfgNode:
         ValueError: if it has no YAML config.
     """
     plain = student_config(cfg)
-    name = (name or (cfg.KD.EXPORT_PEER if "KD" in cfg else "")).lower() or STUDENT
+    kd = cfg.get("KD")
+    name = (name or (kd.EXPORT_PEER if kd is not None and kd.ENABLED else "")).lower() or STUDENT
     if name == STUDENT:
         return plain
     nodes = {key.lower(): node for key, node in cfg.KD.SOURCES.items() if node.ENABLED}

@@ -69,8 +69,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     # are registered under NAME, for DATASETS.TRAIN and DATASETS.TEST. IMAGES alone: images without
     # labels, for DATASETS.TRAIN.
     kd.DATASETS = CfgNode()
-    # Two photometric views of every training image, for a SecondHead, see docs/peers.md: the factors
-    # on brightness, contrast and saturation are drawn in 1 -+ these. TrainerMixin makes them of any
+    # Two photometric views of every training image, for a SecondHead (docs/peers.md): factors on
+    # brightness, contrast and saturation are drawn in 1 -+ these. TrainerMixin makes them of any
     # loader of Detectron2's; for another trainer, wrap the mapper in kd_det.data.PhotometricViews.
     kd.VIEWS = CfgNode({"ENABLED": False, "BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.4})
     # Every so many iterations the value of each term and level is written; Detectron2's own

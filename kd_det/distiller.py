@@ -115,7 +115,7 @@ class Distiller(KDStateMixin, nn.Module):
         """
         In eval mode the student's predictions; in training mode its losses and ``loss_kd_<term>``.
         In training mode without gradients (PreciseBN, a hook that watches losses) nothing can be
-        learnt: the student's losses alone, and no source runs.
+        learnt: the losses of the student and of peers alone, and no other source runs.
 
         Args:
             batched_inputs: Detectron2's batch format, images in ``input_format``.
@@ -131,9 +131,7 @@ class Distiller(KDStateMixin, nn.Module):
         # Detectron2's losses write to a storage; a loop without one gets a throw-away.
         with EventStorage(0) if storage is None else contextlib.nullcontext():
             if not torch.is_grad_enabled():
-                return run_student(
-                    self.student, labelled_first(batched_inputs), {}, {}, self.task_loss_weight
-                )[0]
+                return self._without_gradients(labelled_first(batched_inputs))
             self.flush()
             self._start(iteration)
             progress = self._progress_at(iteration)
@@ -148,6 +146,15 @@ class Distiller(KDStateMixin, nn.Module):
         for name in self._over(progress):
             self.wiring.sources[name].release()
         return step.losses
+
+    def _without_gradients(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        losses, _ = run_student(self.student, inputs, {}, {}, self.task_loss_weight)
+        context = Context(inputs, self.input_format, self.student)
+        for name, source in self.wiring.sources.items():
+            if source.network is not None:  # or PreciseBN would clear the statistics of its norms
+                source.prepare(self.wiring.all_source_taps[name])
+                losses.update(source(context, ()).losses)
+        return losses
 
     def _step(
         self, inputs: list[dict[str, Any]], progress: float, watched: Mapping[str, Tap]

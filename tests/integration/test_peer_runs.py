@@ -136,6 +136,12 @@ def test_a_run_of_another_exported_network_is_not_resumed(
         train(cfg, resume=True)
 
 
+def test_the_plain_baseline_has_no_peer_to_export(folder: Path) -> None:
+    cfg = run_cfg(folder, folder / "any", "peer")
+    cfg.KD.ENABLED = False
+    assert network_config(cfg).MODEL.FPN.OUT_CHANNELS == 8
+
+
 def test_the_plan_of_a_dry_run(folder: Path) -> None:
     cfg = run_cfg(folder, folder / "dry")
     cfg.OUTPUT_DIR = ""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from kd_det import Distiller, terms
@@ -142,6 +143,22 @@ def test_connectors_lead_from_the_learner(tmp_path: Path) -> None:
     assert gradients(peer_of(model))
     assert not gradients(model.student)
     assert "peer: features.p3" in plan_table(model, (2, 128, 128))
+
+
+def test_precise_statistics_of_a_peer() -> None:
+    """PreciseBN trains without gradients, and clears the statistics of norms that do not run."""
+    model = seeded(self_cfg(HEADS, BOTH)).train()
+    alone = copy.deepcopy(peer_of(model))
+    data = [batch(((64, 96),), seed=i) for i in range(3)]
+    with torch.no_grad():
+        losses = model(data[0])
+    assert {"loss_cls", "peer/loss_cls"} <= set(losses)
+    assert not [k for k in losses if "kd" in k or "second" in k]
+    for each in (model, alone):
+        with EventStorage(0), torch.no_grad():
+            update_bn_stats(each, data, 3)
+    found, expected = peer_of(model).state_dict(), alone.state_dict()
+    exactly(*({k: v for k, v in x.items() if "running" in k} for x in (found, expected)))
 
 
 def test_three_peers_teach_each_other() -> None:
