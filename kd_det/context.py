@@ -49,9 +49,7 @@ class Context:
         The step's images in another network's channel order: it normalises them itself, and its
         mean and standard deviation belong to its own order.
         """
-        if self.input_format == input_format:
-            return self.inputs
-        return [{**x, "image": x["image"].flip(0)} for x in self.inputs]
+        return in_format(self.inputs, self.input_format, input_format)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """
@@ -112,6 +110,13 @@ class Context:
     def anchors(self, maps: list[Tensor]) -> list[Boxes]:
         """The student's anchors on these grids, one `Boxes` per level, in pixels."""
         return self.detector().anchors(maps)
+
+
+def in_format(inputs: list[dict[str, Any]], given: str, wanted: str) -> list[dict[str, Any]]:
+    """The same inputs, with their images in another channel order, ``"BGR"`` or ``"RGB"``."""
+    if given == wanted:
+        return inputs
+    return [{**x, "image": x["image"].flip(0)} for x in inputs]
 
 
 def with_images_on(device: torch.device, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_det.context import in_format
 from kd_det.detectors import TapShape, describe, probe
 
 
@@ -64,7 +65,13 @@ class EnsembleModel(nn.Module):
         if self.training:
             raise RuntimeError("An EnsembleModel has no losses: call eval() first.")
         names, models = zip(*self.members.items(), strict=True)
-        halves = [describe(m).dense_predictions(self._for(m, batched_inputs)) for m in models]
+        given = self.input_format
+        halves = [
+            describe(m).dense_predictions(
+                in_format(batched_inputs, given, getattr(m, "input_format", given))
+            )
+            for m in models
+        ]
         found = [[[x.shape for x in maps] for maps in outputs] for _, _, outputs in halves]
         for name, shapes in zip(names, found, strict=True):
             if shapes != found[0]:
@@ -78,11 +85,6 @@ class EnsembleModel(nn.Module):
             for maps in zip(*(outputs for _, _, outputs in halves), strict=True)
         ]
         return describe(models[0]).dense_inference(batched_inputs, images, features, mean)
-
-    def _for(self, member: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if getattr(member, "input_format", self.input_format) == self.input_format:
-            return inputs
-        return [{**x, "image": x["image"].flip(0)} for x in inputs]
 
 
 def _outputs(name: str, model: nn.Module) -> dict[str, list[tuple[Any, ...]]]:

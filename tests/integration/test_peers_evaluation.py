@@ -259,6 +259,18 @@ def copied(model: Any) -> dict[str, torch.Tensor]:
     return {k: x.clone() for k, x in model.state_dict().items()}
 
 
+def test_an_exported_peer_predicts_on_its_own_channel_order(folder: Path) -> None:
+    cfg = run_cfg(folder)
+    cfg.KD.EXPORT_PEER = "PEER"
+    model: Any = build_model(cfg).eval()
+    image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (found,) = model([{"image": image}])
+        (own,) = model.networks["peer"]([{"image": image.flip(0)}])
+    assert len(found["instances"]) > 0
+    assert torch.equal(found["instances"].scores, own["instances"].scores)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
