@@ -54,9 +54,23 @@ class PeerEvaluation(AfterEvaluation):
         return self._enabled and distiller is not None and len(distiller.networks) > 1
 
     def before_train(self) -> None:
-        """A run that goes on, goes on from the best network of its folder."""
+        """
+        A run that goes on, goes on from the best network of its folder.
+
+        Raises:
+            ValueError: if a peer has the name of something else that is reported.
+        """
         super().before_train()
-        if self.applies() and self.trainer.start_iter > 0:
+        if not self.applies():
+            return
+        distiller = self._distiller()
+        assert distiller is not None, "applies() has found it"
+        if taken := {MEAN, ENSEMBLE} & distiller.networks.keys():
+            raise ValueError(
+                f"A peer cannot be called '{taken.pop()}': what is reported as kd/{MEAN} and "
+                f"kd/{ENSEMBLE} is of all networks. Give it another name under KD.SOURCES."
+            )
+        if self.trainer.start_iter > 0:
             self._best.resume()
 
     def evaluated(  # noqa: D102  # as in the base

@@ -295,3 +295,9 @@ def test_visualise_draws_the_peers(folder: Path, tmp_path: Path, capsys: Any) ->
     words = ["--run", str(folder / "run"), "--images", image, "--output", str(tmp_path / "a.png")]
     assert main(["visualise", *words]) == 0
     assert "student, peer" in capsys.readouterr().out
+
+
+def test_a_peer_may_not_take_a_name_of_the_report(folder: Path, tmp_path: Path) -> None:
+    cfg = self_cfg({"MEAN": PEER["PEER"]}, {})
+    with pytest.raises(ValueError, match="cannot be called 'mean'"):
+        standing(folder, tmp_path, [], model=build_model(cfg))
