@@ -173,6 +173,10 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
             f"name of a good one into the file last_checkpoint beside it; there are: "
             f"{', '.join(others) or 'no others'}."
         ) from e
+    # Without KDState in the checkpointer it is metadata of the student.
+    kd = found.get("kd") or getattr(found["model"], "_metadata", {}).get("", {}).get("kd")
+    if isinstance(model, KDStateMixin) and kd is not None:
+        _check_exported(json.loads(kd["plan"]).get("exported", ""), model.export_peer, path)
     saved = {key.removeprefix("module."): value for key, value in saved.items()}
     wanted = model.state_dict()
     shapes = {
@@ -193,8 +197,6 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
             f"run's student, {len(missing)} are not in '{path}' and {len(shapes)} have another "
             f"shape ({example}). {_ANOTHER_RUN}"
         )
-    # Without KDState in the checkpointer it is metadata of the student.
-    kd = found.get("kd") or getattr(found["model"], "_metadata", {}).get("", {}).get("kd")
     if distilled != (kd is not None):
         now, then = ("with", "without") if distilled else ("without", "with")
         raise ValueError(
@@ -203,6 +205,19 @@ def check_last_checkpoint(checkpointer: Any, model: nn.Module, *, distilled: boo
         )
     if isinstance(model, KDStateMixin) and kd is not None:
         _check_plan(kd["plan"], model.kd_state_dict()["plan"], path)
+
+
+def _check_exported(then: str, now: str, path: str) -> None:
+    """First: the weights of two peers may fit each other."""
+    if then != now:
+        raise ValueError(
+            f"The folder holds the checkpoint of another run: in '{path}' the network '{then}' is "
+            f"exported, and in this run '{now}' (KD.EXPORT_PEER). Resume with the same one; at the "
+            "end python -m kd_det export --peer writes any of them."
+        )
+
+
+_OF_TERMS = ("terms", "of", "learners")  # what a plan says of each term
 
 
 def _check_plan(saved: str, wanted: str, path: str) -> None:
@@ -215,9 +230,9 @@ def _check_plan(saved: str, wanted: str, path: str) -> None:
         for kind in ("terms", "sources")
         if then[kind].keys() != now[kind].keys()
     ] or [
-        f"another tap, level, connector, source or shape of term {name}"
-        for name, rows in now["terms"].items()
-        if (rows, now["of"][name]) != (then["terms"][name], then["of"][name])
+        f"another tap, level, connector, source, learner or shape of term {name}"
+        for name in now["terms"]
+        if any(now[kind][name] != then.get(kind, {}).get(name) for kind in _OF_TERMS)
     ]
     raise ValueError(
         f"The folder holds the checkpoint of another run: '{path}' was written with "

@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_det.engine.resume import RunState, check_last_checkpoint
 from kd_det.kd_state import KDState
+from tests.selves import PI, self_cfg
 from tests.steps import step
 from tests.toys import distiller_cfg, toy_cfg, toy_fcos
 
@@ -203,6 +204,20 @@ def test_with_and_without_distillation(teacher, tmp_path):
     saved(tmp_path, distiller)
     with pytest.raises(ValueError, match=r"written with distillation, this run is without"):
         check(tmp_path, distiller.student)
+
+
+def test_with_another_learner(tmp_path):
+    """Same terms, sources and shapes; or another of two alike networks as the run's."""
+    terms = {"BACK": {**PI, "SOURCE": "STUDENT", "LEARNER": "PEER"}}
+    own = self_cfg({"PEER": {"TYPE": "Peer"}, "MORE": {"TYPE": "Peer"}}, terms)
+    saved(tmp_path, build_model(own))
+    taught = own.clone()
+    taught.KD.TERMS.BACK.LEARNER = "MORE"
+    with pytest.raises(ValueError, match="learner or shape of term back"):
+        check(tmp_path, build_model(taught))
+    own.KD.EXPORT_PEER = "PEER"
+    with pytest.raises(ValueError, match=r"'student' is exported, and in this run 'peer' \(KD\.EX"):
+        check(tmp_path, build_model(own))
 
 
 @pytest.mark.parametrize("as_checkpointable", [True, False])
