@@ -113,9 +113,10 @@ class Distiller(KDStateMixin, nn.Module):
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
-        In eval mode the student's predictions; in training mode its losses and ``loss_kd_<term>``.
-        In training mode without gradients (PreciseBN, a hook that watches losses) nothing can be
-        learnt: the losses of the student and of peers alone, and no other source runs.
+        In eval mode the predictions of the network that is exported; in training mode the student's
+        losses and ``loss_kd_<term>``. In training mode without gradients (PreciseBN, a hook that
+        watches losses) nothing can be learnt: the losses of the student and of peers alone, and no
+        other source runs.
 
         Args:
             batched_inputs: Detectron2's batch format, images in ``input_format``.

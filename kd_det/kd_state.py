@@ -193,11 +193,12 @@ class KDStateMixin(nn.Module):
         resuming = self._restored if iteration is None else iteration > 0
         if not resuming:
             self._then = {}  # a new run from an older checkpoint: other teachers are fine
-        elif not self._restored and self._tensors():
+        elif not self._restored and (lost := self._tensors()):
+            paths = (k.removeprefix("sources.").removeprefix("terms.") for k in lost)
+            owners = dict.fromkeys(path.split(".")[0] for path in paths)
             raise RuntimeError(
-                f"This run resumes, but what trains beside the student ({len(self._tensors())} "
-                f"tensors of {', '.join(self.terms)}) cannot be restored: {self._not_restored}. "
-                + _HOW
+                f"This run resumes, but what trains beside the student ({len(lost)} tensors of "
+                f"{', '.join(owners)}) cannot be restored: {self._not_restored}. " + _HOW
             )
         return resuming
 

@@ -80,3 +80,27 @@ def test_an_unknown_network_is_not_exported() -> None:
     cfg.KD.EXPORT_PEER = "PEAR"
     with pytest.raises(KeyError, match=r"no network 'pear'.*Did you mean 'peer'"):
         build_model(cfg)
+
+
+def test_an_exported_peer_reads_images_in_its_own_order(tmp_path: Path) -> None:
+    """An evaluation of the run gives them in the student's."""
+    other = toy_cfg()
+    other.INPUT.FORMAT, other.MODEL.RETINANET.SCORE_THRESH_TEST = "RGB", 0.0
+    del other["KD"]
+    (tmp_path / "rgb.yaml").write_text(other.dump())
+    cfg = self_cfg({"PEER": {"TYPE": "Peer", "CONFIG_FILE": str(tmp_path / "rgb.yaml")}}, {})
+    cfg.KD.EXPORT_PEER = "PEER"
+    model = seeded(cfg).eval()
+    (image,) = batch(((64, 64),))
+    found = model([image])[0]["instances"]
+    expected = peer_of(model)([{**image, "image": image["image"].flip(0)}])[0]["instances"]
+    assert len(found) > 0
+    exactly(found.scores, expected.scores)
+
+
+def test_what_a_resumed_run_has_lost_is_named() -> None:
+    for export, lost in [("", "peer"), ("PEER", "peer, student")]:  # the former's extra state
+        cfg = self_cfg(PEER, {})
+        cfg.KD.EXPORT_PEER = export
+        with pytest.raises(RuntimeError, match=rf"tensors of {lost}\) cannot be restored"):
+            step(seeded(cfg).train(), 5, INPUTS)
