@@ -18,6 +18,7 @@ from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
 from kd_det.labels import labelled_first, run_student
 from kd_det.sources import STUDENT, Source
+from kd_det.sources.peer import warn_of_twins
 from kd_det.taps import Maps, Tap, detached
 from kd_det.terms import Term
 from kd_det.wiring import Wiring, wire
@@ -255,6 +256,8 @@ class Distiller(KDStateMixin, nn.Module):
             self.check_fingerprint(name, source)
         if self.inherit is not None and not resuming:
             self.inherit(self.student, self.wiring.sources[self.inherit.source])
+        if not resuming:
+            warn_of_twins(self.networks)
         if self.on_start is not None:
             self.on_start(self)
         self._started = True

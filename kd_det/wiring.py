@@ -244,6 +244,12 @@ def _attach(source: Source, networks: dict[str, nn.Module]) -> None:
         )
     source.attach(networks[of])
     if source.network is not None:
+        for name, network in networks.items():
+            if network is source.network:
+                raise ValueError(
+                    f"its network is that of '{name}' itself, of which there is nothing to learn: "
+                    "give it one of its own."
+                )
         networks[source.run_name] = source.network
 
 

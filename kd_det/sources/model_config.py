@@ -120,7 +120,10 @@ class ModelConfig:
             ValueError: if this is a LazyConfig, which says nothing in these terms.
         """
         if self._is_lazy:
-            raise ValueError(f"'{self.path}' is a LazyConfig: it has no part in a YAML config.")
+            raise ValueError(
+                f"'{self.path}' is a LazyConfig, so that this network has no YAML config to be "
+                "tested with: to export it (KD.EXPORT_PEER, --peer), describe it in YAML."
+            )
         cfg = cfg.clone()
         cfg.defrost()
         device = cfg.MODEL.DEVICE

@@ -1,9 +1,12 @@
 """A detector that trains beside the student."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Annotated, Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -16,6 +19,8 @@ from kd_det.rng import preserved_rng
 from kd_det.sources.model_config import ModelConfig
 from kd_det.sources.source import Source, Targets
 from kd_det.sources.strict import local_file
+
+logger = logging.getLogger(__name__)
 
 
 @SOURCES.register()
@@ -156,3 +161,23 @@ class Peer(Source):
         """The counterpart of `get_extra_state`."""
         self._begun = state["begun"]
         set_running_values(self.model, dict(state["running"]))
+
+
+def warn_of_twins(networks: Mapping[str, nn.Module]) -> None:
+    """
+    A warning for a new run's networks that have the same numbers: on the same images they make the
+    same steps, so that they never differ, and have nothing to teach each other.
+
+    Args:
+        networks: by name.
+    """
+    for (one, a), (other, b) in combinations(networks.items(), 2):
+        mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+        if mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine):
+            logger.warning(
+                "'%s' and '%s' start from the same weights, all of them: they will learn the same, "
+                "and nothing from each other. Give the peer WEIGHTS of its own, or weights of a "
+                "backbone alone, beside which the rest is random.",
+                one,
+                other,
+            )

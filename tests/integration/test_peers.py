@@ -37,10 +37,11 @@ def in_python(peer: nn.Module, student: nn.Module, **more: Any) -> Distiller:
     return distiller.train()
 
 
-def test_identical_peers_agree() -> None:
+def test_identical_peers_agree(caplog: pytest.LogCaptureFixture) -> None:
     student = seeded(toy_cfg())
     model = in_python(copy.deepcopy(student), student)
     losses = step(model, 0, INPUTS)
+    assert caplog.text.count("'student' and 'peer' start from the same weights") == 1
     assert not losses["loss_kd_forth"].any()
     assert not losses["loss_kd_back"].any()
     assert float(losses["peer/loss_cls"]) == float(losses["loss_cls"]) > 0
@@ -178,7 +179,9 @@ def test_three_peers_teach_each_other() -> None:
     assert all(any(g.any() for g in gradients(m).values()) for m in model.networks.values())
 
 
-def test_a_peer_starts_from_weights_of_its_own(tmp_path: Path) -> None:
+def test_a_peer_starts_from_weights_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, weights = save_teacher(tmp_path)
     sources = {"PEER": {"TYPE": "Peer", "CONFIG_FILE": config, "WEIGHTS": weights}}
     model = seeded(self_cfg(sources, BOTH)).train()
@@ -186,6 +189,7 @@ def test_a_peer_starts_from_weights_of_its_own(tmp_path: Path) -> None:
     loaded = torch.load(weights)["model"]
     ours = {k: p.detach() for k, p in peer_of(model).named_parameters()}
     exactly(ours, {k: loaded[k] for k in ours})
+    assert "start from the same weights" not in caplog.text
     # A run that goes on has trained it further.
     with torch.no_grad():
         next(peer_of(model).parameters()).add_(1)
@@ -279,6 +283,12 @@ def test_a_learner_has_a_side_of_its_own() -> None:
         assert side.student is (model.student if name == "second" else peer_of(model))
         assert side.student_maps["cls_logits"]["p3"] is found.maps["cls_logits"]["p3"]
         assert side.positives == pytest.approx(normalizer, rel=0.2)  # moved on by one batch
+
+
+def test_the_student_is_no_peer_of_its_own() -> None:
+    student = seeded(toy_cfg())
+    with pytest.raises(ValueError, match="Source 'peer': its network is that of 'student' itself"):
+        in_python(student, student)
 
 
 class Between(terms.PI):
