@@ -103,13 +103,22 @@ class KDStateMixin(nn.Module):
 
     def _check_whose(self, metadata: Mapping[str, Any]) -> None:
         """Weights for a new student would fit a peer in part, and nobody would see it."""
-        if self.exported is not self.student and metadata.get(_OF) != self.export_peer:
+        whose = metadata.get(_OF, "")
+        if self.exported is self.student:
+            if whose:
+                logger.warning(
+                    "The student is given the weights of another network: '%s', which the run that "
+                    "saved them exported (KD.EXPORT_PEER).",
+                    whose,
+                )
+        elif whose != self.export_peer:
             raise ValueError(
                 f"The checkpoint of this run is that of the network '{self.export_peer}' "
                 "(KD.EXPORT_PEER), and these weights are no such checkpoint: to start the student "
                 "from them, train with kd_det.TrainerMixin, load them inside of "
                 "`with distiller.starting():`, or leave KD.EXPORT_PEER empty and export the peer "
-                "at the end (python -m kd_det export --peer)."
+                "at the end (python -m kd_det export --peer). The plain weights of a network are "
+                "evaluated with its own config, student.yaml or what export writes."
             )
 
     def _load_from_state_dict(

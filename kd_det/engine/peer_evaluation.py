@@ -58,17 +58,16 @@ class PeerEvaluation(AfterEvaluation):
         A run that goes on, goes on from the best network of its folder.
 
         Raises:
-            ValueError: if a peer has the name of something else that is reported.
+            ValueError: if a peer has a name that stands for all networks.
         """
         super().before_train()
-        if not self.applies():
-            return
         distiller = self._distiller()
-        assert distiller is not None, "applies() has found it"
-        if taken := {MEAN, ENSEMBLE} & distiller.networks.keys():
+        if distiller is None or not self.applies():
+            return
+        for name in {ENSEMBLE, MEAN} & distiller.networks.keys():
             raise ValueError(
-                f"A peer cannot be called '{taken.pop()}': what is reported as kd/{MEAN} and "
-                f"kd/{ENSEMBLE} is of all networks. Give it another name under KD.SOURCES."
+                f"A peer cannot be called '{name}' in KD.SOURCES: kd/{name}/... are the scalars of "
+                "all networks together. Rename it, or set KD.EVAL_PEERS to False."
             )
         if self.trainer.start_iter > 0:
             self._best.resume()

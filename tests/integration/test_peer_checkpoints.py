@@ -52,6 +52,18 @@ def test_both_networks_come_back(tmp_path: Path, name: str) -> None:
         assert running_values(other.networks["peer"]) == running_values(peer_of(model))
 
 
+def test_a_student_with_a_peers_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """An evaluation without the run's EXPORT_PEER would give the peer's AP as the student's."""
+    cfg = self_cfg(PEER, {})
+    saved = seeded(cfg).state_dict()
+    other = seeded(cfg, seed=9)
+    other.load_state_dict(saved)
+    assert "another network" not in caplog.text
+    cfg.KD.EXPORT_PEER = "PEER"
+    other.load_state_dict(seeded(cfg).state_dict())
+    assert "is given the weights of another network: 'peer'" in caplog.text
+
+
 def test_another_peer_is_not_resumed(tmp_path: Path) -> None:
     """Same sources, terms and names: only the width of its head's tower differs."""
     states = []

@@ -192,6 +192,14 @@ def test_without_peers_or_switched_off_nothing_is_evaluated(folder: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_no_peer_is_called_as_all_of_them(folder: Path, tmp_path: Path) -> None:
+    for name in ("ensemble", "mean"):
+        model: Any = build_model(run_cfg(folder))
+        model.networks[name] = model.networks.pop("peer")
+        with pytest.raises(ValueError, match=f"peer cannot be called '{name}'"):
+            standing(folder, tmp_path, [], model=model)
+
+
 def on_a_rank(rank: int, folder: Path, out: Path) -> dict[str, float]:
     hook = standing(folder, out, [{"AP": 30.0}, {"AP": 40.0}])
     hook.trainer._last_eval_results = {"bbox": {"AP": 20.0}} if rank == 0 else None
@@ -295,9 +303,3 @@ def test_visualise_draws_the_peers(folder: Path, tmp_path: Path, capsys: Any) ->
     words = ["--run", str(folder / "run"), "--images", image, "--output", str(tmp_path / "a.png")]
     assert main(["visualise", *words]) == 0
     assert "student, peer" in capsys.readouterr().out
-
-
-def test_a_peer_may_not_take_a_name_of_the_report(folder: Path, tmp_path: Path) -> None:
-    cfg = self_cfg({"MEAN": PEER["PEER"]}, {})
-    with pytest.raises(ValueError, match="cannot be called 'mean'"):
-        standing(folder, tmp_path, [], model=build_model(cfg))
