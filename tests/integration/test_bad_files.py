@@ -228,7 +228,7 @@ def test_a_last_checkpoint_that_is_gone(run):
         (("KD.TERMS.LOGITS.ENABLED", "False"), "with terms fpn, logits (this run has fpn)"),
         (("KD.TERMS.FPN.WEIGHT", "0"), "with terms fpn, logits (this run has logits)"),
         (("KD.TERMS.NEW.TYPE", "CWD"), "with terms fpn, logits (this run has fpn, logits, new)"),
-        (("KD.TERMS.FPN.CONNECTOR", "{TYPE: Conv, KERNEL: 3}"), "connector, source or shape of te"),
+        (("KD.TERMS.FPN.CONNECTOR", "{TYPE: Conv, KERNEL: 3}"), "source, learner or shape of term"),
         (("KD.TERMS.LOGITS.TAP", "box_deltas"), "another tap, level, connector"),
     ],
     ids=["model", "disabled", "term", "weight 0", "new term", "connector", "tap"],

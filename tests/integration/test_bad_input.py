@@ -22,7 +22,7 @@ def test_the_run_as_it_is_would_train(run):
 WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     # Unknown names.
     "term": (f"{T}.TYPE CWDD", (f"{T}.TYPE", "no term called 'CWDD'", "Did you mean 'CWD'?")),
-    "source": (f"{S}.TYPE Techer", (f"{S}.TYPE", "'Techer'", "Did you mean 'Teacher'?")),
+    "source": (f"{S}.TYPE Techer", (f"{S}.TYPE", "'Techer'", "Did you mean 'Teacher'")),
     "connector": (f"{T}.CONNECTOR Cnv", (f"{T}.CONNECTOR.TYPE", "'Cnv'", "mean 'Conv'?")),
     "region": (f"{T}.REGION Pading", (f"{T}.REGION.TYPE", "'Pading'", "mean 'Padding'?")),
     "schedule": (f"{T}.SCHEDULE Cosin", (f"{T}.SCHEDULE.TYPE", "'Cosin'", "mean 'Cosine'?")),
