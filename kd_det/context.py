@@ -51,6 +51,22 @@ class Context:
         """
         return in_format(self.inputs, self.input_format, input_format)
 
+    def seen_by(self, network: nn.Module) -> "Context":
+        """
+        The same step from the side of another network that learns: its images in that one's channel
+        order, and nothing that was made for this one.
+
+        Args:
+            network: which; the student itself keeps the order that it is fed.
+        """
+        order = self.input_format
+        if network is not self.student:
+            order = str(getattr(network, "input_format", order))
+        inputs = self.inputs_in(order)
+        return replace(
+            self, inputs=inputs, input_format=order, student=network, student_maps={}, _made={}
+        )
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """
         What several levels or terms need in one step, made the first time it is asked for.

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from kd_det._compat import get_event_storage_or_none
-from kd_det.context import Context, in_format, with_images_on
+from kd_det.context import Context, with_images_on
 from kd_det.diagnostics import Diagnostics, LastValues, Learner, ScalarQueue, Step, put_levels
 from kd_det.inherit import Inherit
 from kd_det.kd_state import KDStateMixin
@@ -127,10 +127,8 @@ class Distiller(KDStateMixin, nn.Module):
             SourceUnavailable: if a file of a source is missing.
         """
         if not self.training:
-            if self.exported is self.student:
-                return self.student(batched_inputs)
-            own = str(getattr(self.exported, "input_format", self.input_format))
-            return self.exported(in_format(batched_inputs, self.input_format, own))
+            given = Context(batched_inputs, self.input_format, self.student)
+            return self.exported(given.seen_by(self.exported).inputs)
         storage = get_event_storage_or_none()
         iteration = None if storage is None else int(storage.iter)
         # Detectron2's losses write to a storage; a loop without one gets a throw-away.
@@ -306,3 +304,8 @@ class Distiller(KDStateMixin, nn.Module):
             for name, term in self.wiring.terms.items()
             if not term.schedule.finished(progress, self.max_iter)
         )
+
+
+def find_distiller(model: nn.Module) -> Distiller | None:
+    """The Distiller inside of wrappers such as DDP, or ``None``."""
+    return next((m for m in model.modules() if isinstance(m, Distiller)), None)

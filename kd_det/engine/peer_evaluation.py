@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
-from kd_det.distiller import Distiller
+from kd_det.distiller import find_distiller
 from kd_det.engine.after_evaluation import AfterEvaluation, boxes
 from kd_det.engine.best_network import BestNetwork
 from kd_det.engine.ensemble import EnsembleModel
@@ -50,7 +50,7 @@ class PeerEvaluation(AfterEvaluation):
         self._best = BestNetwork(cfg.OUTPUT_DIR)
 
     def applies(self) -> bool:  # noqa: D102  # as in the base
-        distiller = self._distiller()
+        distiller = find_distiller(self.trainer.model)
         return self._enabled and distiller is not None and len(distiller.networks) > 1
 
     def before_train(self) -> None:
@@ -61,7 +61,7 @@ class PeerEvaluation(AfterEvaluation):
             ValueError: if a peer has a name that stands for all networks.
         """
         super().before_train()
-        distiller = self._distiller()
+        distiller = find_distiller(self.trainer.model)
         if distiller is None or not self.applies():
             return
         for name in {ENSEMBLE, MEAN} & distiller.networks.keys():
@@ -75,7 +75,7 @@ class PeerEvaluation(AfterEvaluation):
     def evaluated(  # noqa: D102  # as in the base
         self, results: Mapping[str, dict[str, float]], datasets: list[str]
     ) -> None:
-        distiller = self._distiller()
+        distiller = find_distiller(self.trainer.model)
         assert distiller is not None, "applies() has found it"
         networks, exported = distiller.networks, distiller.export_peer
         found = {
@@ -92,9 +92,6 @@ class PeerEvaluation(AfterEvaluation):
         for name, network in networks.items():
             ap = found[name].get(first, {}).get(_AP, math.nan)
             self._best.offer(name, network, ap, iteration=int(self.trainer.storage.iter))
-
-    def _distiller(self) -> Distiller | None:
-        return next((m for m in self.trainer.model.modules() if isinstance(m, Distiller)), None)
 
     def _averaged(self, networks: Mapping[str, nn.Module], exported: str) -> EnsembleModel | None:
         """Decoded by the exported network: thresholds and NMS are its."""

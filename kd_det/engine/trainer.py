@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kd_det.build import begin_run
-from kd_det.distiller import Distiller
+from kd_det.distiller import Distiller, find_distiller
 from kd_det.engine.checkpointing import AtomicPaths
 from kd_det.engine.evaluators import build_evaluator
 from kd_det.engine.loader import ResumableLoader, resumable
@@ -286,8 +286,3 @@ def _insert_before(
 ) -> None:
     first = next((i for i, hook in enumerate(stock) if isinstance(hook, kinds)), len(stock))
     stock[first:first] = ours
-
-
-def find_distiller(model: nn.Module) -> Distiller | None:
-    """The Distiller inside of wrappers such as DDP, or ``None``."""
-    return next((m for m in model.modules() if isinstance(m, Distiller)), None)

@@ -136,22 +136,20 @@ class Peer(Source):
     def forward(self, context: Context, taps: tuple[str, ...]) -> Targets:
         """Its losses of this batch, and the maps of the taps, with gradients."""
         detector = describe(self.model)
-        input_format = str(getattr(self.model, "input_format", context.input_format))
-        inputs = context.inputs_in(input_format)
+        side = context.seen_by(self.model)
         # What it logs would stand under the student's names. Not at 0, which every period divides.
         with EventStorage(1):
             losses, maps = run_student(
-                self.model, inputs, {tap: detector.tap(tap) for tap in taps}, self._expected_calls
+                self.model,
+                side.inputs,
+                {tap: detector.tap(tap) for tap in taps},
+                self._expected_calls,
             )
-        side = replace(
-            context,
-            inputs=inputs,
-            input_format=input_format,
-            student=self.model,
-            student_maps=maps,
-            _made={},
+        return Targets(
+            maps,
+            {f"{self.run_name}/{loss}": x for loss, x in losses.items()},
+            replace(side, student_maps=maps),
         )
-        return Targets(maps, {f"{self.run_name}/{loss}": x for loss, x in losses.items()}, side)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Whether it has begun to train, and what it keeps outside of its weights."""

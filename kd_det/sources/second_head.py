@@ -81,16 +81,8 @@ class SecondHead(Source):
         network = self._network.module
         assert network is not None, "attach() comes before forward()"
         if self.view == 2:
-            context = replace(context, inputs=second_view(context.inputs), _made={})
-        if network is not context.student:
-            input_format = str(getattr(network, "input_format", context.input_format))
-            context = replace(
-                context,
-                inputs=context.inputs_in(input_format),
-                input_format=input_format,
-                student=network,
-                _made={},
-            )
+            context = replace(context, inputs=second_view(context.inputs))
+        context = context.seen_by(network)
         detector = describe(network)
         features = self._run(network, [detector.tap("features")], context.inputs, {})["features"]
         levels = list(features.values())

@@ -1,24 +1,14 @@
 """Consistency of class scores: the term that moves both sides."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
-from kd_det.channels import Common
-from kd_det.context import Context
 from kd_det.losses import consistency
-from kd_det.pairing import Pair
 from kd_det.registry import TERMS
-from kd_det.sources import Source
-from kd_det.taps import Maps
-from kd_det.terms.anchor_classes import check_class_fields, classes_per_anchor
-from kd_det.terms.levelwise import LevelwiseTerm
-from kd_det.terms.normalizer import check_normalizer, divisor
+from kd_det.terms.anchor_classes import AnchorClassesTerm
 
 
 @TERMS.register()
-class Consistency(LevelwiseTerm):
+class Consistency(AnchorClassesTerm):
     """
     OKDCR's consistency (Zhang, Gong, Liu, 2021): the distance between the class scores of two
     heads, of one network (intra-model, on two views of each image) or of two (inter-model). See
@@ -49,43 +39,6 @@ class Consistency(LevelwiseTerm):
 
     moves_target = True
     saves_target = False  # only its probabilities
-
-    def __init__(
-        self,
-        *,
-        tap: str = "cls_logits",
-        mode: str = "sigmoid",
-        num_classes: int = 0,
-        normalizer: str = "cells",
-        **levelwise: Any,
-    ) -> None:
-        super().__init__(tap=tap, **levelwise)
-        check_class_fields("Consistency", mode, num_classes)
-        check_normalizer("Consistency", normalizer)
-        self.mode = mode
-        self.num_classes = num_classes
-        self.normalizer = normalizer
-        self.classes: dict[str, int] = {}
-
-    def connect(self, pair: Pair) -> Common:  # noqa: D102  # as in the base
-        common = super().connect(pair)
-        where = f"level {pair.student.level} of tap '{self.tap}'"
-        classes = classes_per_anchor(common, self.num_classes, self.mode, where)
-        self.classes[pair.student.level] = classes
-        return common
-
-    def forward(  # noqa: D102  # as in the base
-        self,
-        student: Mapping[str, Maps],
-        target: Mapping[str, Maps],
-        context: Context,
-        source: Source,
-    ) -> dict[str, Tensor]:
-        number = divisor(self.normalizer, context)
-        return {
-            level: self.compare(s, t, region, number, self.classes[level])
-            for level, s, t, region in self.aligned(student, target, context)
-        }
 
     def compare(
         self,

@@ -1,24 +1,16 @@
 """PI: pixel-wise distillation of class logits."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from kd_det.channels import Common
-from kd_det.context import Context
 from kd_det.losses import pixel_wise_kl, temperature
-from kd_det.pairing import Pair
 from kd_det.registry import TERMS
-from kd_det.sources import Source
-from kd_det.taps import Maps
-from kd_det.terms.anchor_classes import check_class_fields, classes_per_anchor
-from kd_det.terms.levelwise import LevelwiseTerm
-from kd_det.terms.normalizer import check_normalizer, divisor
+from kd_det.terms.anchor_classes import AnchorClassesTerm
 
 
 @TERMS.register()
-class PI(LevelwiseTerm):
+class PI(AnchorClassesTerm):
     """
     Pixel-wise distillation of class logits: Hinton's KD at every cell (the PI of CWD's comparison,
     from SKD, Liu et al., CVPR 2019, https://arxiv.org/abs/1903.04197); see
@@ -52,44 +44,17 @@ class PI(LevelwiseTerm):
     def __init__(
         self,
         *,
-        tap: str = "cls_logits",
         mode: str = "softmax",
         tau: float = 1.0,
-        num_classes: int = 0,
         cross_entropy: bool = False,
-        normalizer: str = "cells",
-        **levelwise: Any,
+        **anchor_classes: Any,
     ) -> None:
-        super().__init__(tap=tap, **levelwise)
-        check_class_fields("PI", mode, num_classes)
-        check_normalizer("PI", normalizer)
-        self.mode = mode
+        super().__init__(mode=mode, **anchor_classes)
         self.tau = temperature("PI", tau)
-        self.num_classes = num_classes
         self.cross_entropy = cross_entropy
-        self.normalizer = normalizer
-        self.classes: dict[str, int] = {}
 
-    def connect(self, pair: Pair) -> Common:  # noqa: D102  # as in the base
-        common = super().connect(pair)
-        if self.mode == "softmax":
-            where = f"level {pair.student.level} of tap '{self.tap}'"
-            classes = classes_per_anchor(common, self.num_classes, self.mode, where)
-            self.classes[pair.student.level] = classes
-        return common
-
-    def forward(  # noqa: D102  # as in the base
-        self,
-        student: Mapping[str, Maps],
-        target: Mapping[str, Maps],
-        context: Context,
-        source: Source,
-    ) -> dict[str, Tensor]:
-        number = divisor(self.normalizer, context)
-        return {
-            level: self.compare(s, t, region, number, self.classes.get(level, 0))
-            for level, s, t, region in self.aligned(student, target, context)
-        }
+    def needs_classes(self) -> bool:  # noqa: D102  # as in the base
+        return self.mode == "softmax"
 
     def compare(
         self,

@@ -134,7 +134,7 @@ MUTANTS = {
         plain(properties.test_a_normalizer_divides_the_sum_over_the_batch, pixel_wise_kl),
     ),
     "PI: the tap's classes are not asked for": (
-        "terms/pi.py", "self.classes.get(level, 0)", "self.num_classes",
+        "terms/anchor_classes.py", "self.classes.get(level, 0)", "self.num_classes",
         plain(scores.test_a_softmax_is_over_the_classes_that_an_anchor_of_both_sides_has,
               scores.level("abc", 9), scores.level("cxa", 9), "ac", 9),
     ),
@@ -326,7 +326,7 @@ MUTANTS = {
         plain(properties.test_pixel_wise_gradient_closed_form),
     ),
     "PI: a level is dropped": (
-        "terms/pi.py", "in self.aligned(student, target, context)",
+        "terms/anchor_classes.py", "in self.aligned(student, target, context)",
         "in list(self.aligned(student, target, context))[1:]", in_a_step(LEVELS, methods.PI),
     ),
     "imitation: sign": (

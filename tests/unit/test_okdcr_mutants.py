@@ -89,7 +89,9 @@ MUTANTS = {
         LOSS, "torch.zeros_like(by_anchor", "torch.ones_like(by_anchor", UNIFORM,
     ),
     # -- the term
-    "the term's classes are not told": (TERM, "self.classes[level])", "0)", term()),
+    "the term's classes are not told": (
+        "terms/anchor_classes.py", "self.classes.get(level, 0)", "0", term(),
+    ),
     "its mode is not told": (TERM, "mode=self.mode, classes", "classes", term(mode="softmax")),
     "its region is not told": (TERM, "region=region, ", "", term()),
     "its normaliser is not told": (
