@@ -15,7 +15,7 @@ from kd_det import Distiller, terms
 from kd_det.context import Context, second_view
 from kd_det.detectors import running_values, set_running_values
 from kd_det.plan import plan_table
-from kd_det.sources import Peer, SourceUnavailable
+from kd_det.sources import Peer, SecondHead, SourceUnavailable
 from tests.selves import DML, HEADS, INPUTS, PEER, PI, self_cfg
 from tests.steps import exactly, gradients, seeded, step
 from tests.toys import batch, save_teacher, toy_cfg, toy_fcos
@@ -111,6 +111,25 @@ def test_peers_of_different_architectures(tmp_path: Path, other: dict[str, Any])
     assert all(float(losses[f"loss_kd_{x}"].detach()) > 0 for x in ("forth", "back"))
     size = {k: sum(p.numel() for p in m.parameters()) for k, m in model.networks.items()}
     assert size["student"] != size["peer"] or other.get("norm")
+
+
+def test_a_peer_and_its_second_head_learn_in_its_own_channel_order() -> None:
+    peer = seeded(toy_cfg(), seed=9)
+    peer.input_format = "RGB"
+    alone = copy.deepcopy(peer)
+    model = Distiller(
+        student=seeded(toy_cfg()),
+        sources={"peer": Peer(model=peer), "third": SecondHead(of="peer")},
+        terms={},
+    ).train()
+    twin = copy.deepcopy(alone)
+    twin.head = copy.deepcopy(model.sources["third"].head)
+    losses = step(model, 0, INPUTS)
+    set_running_values(twin, running_values(peer))
+    for name, network, inputs in [("peer", alone, INPUTS), ("third", twin, second_view(INPUTS))]:
+        expected = step(network, 0, [{**x, "image": x["image"].flip(0)} for x in inputs])
+        for loss, value in expected.items():
+            torch.testing.assert_close(losses[f"{name}/{loss}"], value)
 
 
 def test_peers_of_different_meta_architectures() -> None:
